@@ -1,0 +1,206 @@
+"""The `mixer` command: thin subcommands over `data_tools`, `pipeline` and `launch`.
+
+Nothing heavy is imported before a subcommand runs, so `mixer --help` answers at once. A `UserError` ends as one or
+two lines; anything else does too, unless `--debug` asks for the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_tools.cli import data_app, shard
+from data_tools.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Pretrain MLP-Mixer and its relatives: shard a corpus, train on it, resume whatever happened.",
+    epilog="`mixer COMMAND --help` shows examples. `--debug` anywhere shows tracebacks.",
+)
+launch_app = typer.Typer(no_args_is_help=True, help="Start trainings on this machine.")
+
+app.command()(shard)
+app.add_typer(data_app, name="data")
+app.add_typer(launch_app, name="launch")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings: key=value ...", show_default=False)]
+Allow = Annotated[str, typer.Option(help="Keys that a resumed run may change although they change its meaning.")]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Processes on this machine. Default: one a GPU.")]
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A recipe's name, or the path of a YAML file.")],
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    allow: Allow = "",
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show values and their origin.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Try it: 3 steps, save, resume, evaluate.")] = False,
+) -> None:
+    """Train, or go on with, the run in run.dir.
+
+    Examples:
+
+      mixer train digits data.train=shards/
+
+      mixer train mixer_b16_i1k data.train=/shards run.dir=runs/b16 --nproc 8
+
+      mixer train digits data.train=synthetic --smoke
+
+      mixer train runs/b16/config.yaml run.dir=runs/again
+
+    Exit codes: 0 finished, 75 saved after a signal and to be continued
+    (`mixer resume RUN`), others: an error.
+    """
+    from pipeline.config import format_config, load_config
+
+    loaded = load_config(config, overrides or [])
+    if print_config:
+        typer.echo(format_config(loaded))
+        return
+    allowed = {key for key in allow.split(",") if key}
+    processes = nproc or loaded.config.launch.nproc
+    if "RANK" not in os.environ and (processes or _gpus()) > 1:
+        from launch.local import LocalLauncher
+
+        command = ["train", config, *(overrides or [])]
+        command += ["--allow", allow] if allow else []
+        command += ["--smoke"] if smoke else []
+        launcher = LocalLauncher(command, loaded.config.run.dir, processes or _gpus(), loaded.config.launch.max_restarts)
+        raise typer.Exit(launcher.launch())
+    from pipeline.cli import run_smoke, run_training
+
+    raise typer.Exit(run_smoke(loaded.config) if smoke else run_training(loaded.config, allowed))
+
+
+@app.command()
+def resume(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes. Default: as many as last time.")] = None,
+    allow: Allow = "",
+) -> None:
+    """Go on with a run from its last good checkpoint, on any number of processes and under any strategy.
+
+    Examples:
+
+      mixer resume runs/b16
+
+      mixer resume runs/b16 --nproc 4 train.strategy=fsdp
+
+      mixer resume runs/b16 train.duration="20 epochs"
+    """
+    from pipeline.cli import existing_run
+    from pipeline.run import read_lines
+
+    folder = existing_run(run)
+    starts = [e for e in read_lines(folder.events) if e["event"] in ("start", "resume")]
+    last = starts[-1]["world_size"] if starts else None
+    settings = [f"run.dir={folder.path}", *(overrides or [])]
+    train(str(folder.config), settings, nproc or last, allow, False, False)
+
+
+@launch_app.command("local")
+def launch_local(
+    config: Annotated[str, typer.Argument(help="A recipe's name, or the path of a YAML file.")],
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    allow: Allow = "",
+) -> None:
+    """Train on this machine in several processes, restarting them when one dies.
+
+    Example: mixer launch local digits data.train=shards/ --nproc 2
+    """
+    train(config, overrides, nproc, allow, False, False)
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    overrides: Overrides = None,
+    checkpoint: Annotated[str, typer.Option(help="last, best or step-N.")] = "last",
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights instead.")] = False,
+    nproc: Nproc = None,
+) -> None:
+    """Top-1 and top-5 over the val split, each sample exactly once.
+
+    Examples:
+
+      mixer eval runs/b16 --checkpoint best
+
+      mixer eval runs/b16 data.val=/shards/imagenet_v2 --nproc 8
+    """
+    from pipeline.cli import existing_run, run_eval
+
+    processes = nproc or _gpus()
+    if "RANK" not in os.environ and processes > 1:
+        from launch.local import LocalLauncher
+
+        command = ["eval", run, *(overrides or []), "--checkpoint", checkpoint, *(["--ema"] if ema else [])]
+        raise typer.Exit(LocalLauncher(command, str(existing_run(run).path), processes, 0).launch())
+    raise typer.Exit(run_eval(run, checkpoint, ema, overrides or []))
+
+
+def _gpus() -> int:
+    """GPUs here, without importing torch where there can be none: `mixer train --help` and typos stay quick."""
+    if not Path("/dev/nvidiactl").exists():
+        return 1
+    from launch.local import default_nproc
+
+    return default_nproc()
+
+
+def main() -> None:
+    """Runs the command line and turns exceptions into messages."""
+    debug = "--debug" in sys.argv or os.environ.get("MIXER_DEBUG") == "1"
+    sys.argv = [a for a in sys.argv if a != "--debug"]
+    if debug:
+        os.environ["MIXER_DEBUG"] = "1"  # for the training processes
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if under_torchrun:
+        from launch.local import die_with_parent
+
+        die_with_parent()
+    code: object = 0
+    try:
+        app()
+    except SystemExit as e:
+        code = e.code
+    except UserError as e:
+        code = e.exit_code
+        if debug:
+            raise
+        _complain(str(e), under_torchrun)
+    except Exception as e:
+        code = 70  # EX_SOFTWARE
+        if debug:
+            raise
+        _complain(f"{type(e).__name__}: {e} (unexpected; --debug shows the traceback)", False)
+    finally:
+        if under_torchrun and isinstance(code, int):
+            from launch.local import report_outcome
+
+            report_outcome(code)
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+def _complain(message: str, collective: bool) -> None:
+    """Prints an error. Of an error that all ranks meet, rank 0 speaks first, and torchrun then ends the others."""
+    rank = int(os.environ.get("RANK", 0))
+    if collective and rank:
+        import signal
+        import time
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(3)
+    prefix = f"error (rank {rank}): " if rank else "error: "
+    print(prefix + message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Training processes on this machine: torchrun under it, restarts around it.
+
+torchrun starts and watches the processes. Restarting is decided here, because it needs what only the run folder
+knows: was it an error that a restart cannot mend, was it asked to stop, has it got any further since last time?
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_tools.errors import UserError
+from pipeline.checkpoint.manager import committed_steps
+from pipeline.cli import EXIT_SAVED
+from pipeline.run import RunFolder
+
+OUTCOME_FILE = "MIXER_OUTCOME_FILE"
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR2)
+_AGENT_SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGUSR2"
+_SAVE_SECONDS = 600
+
+
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Asks the kernel (Linux) for a signal when the parent ends, however it ends: no process is left over."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
+
+
+def report_outcome(code: int) -> None:
+    """A training process tells the launcher its exit code; torchrun keeps only the fact that it was not 0."""
+    path = os.environ.get(OUTCOME_FILE)
+    if path:
+        with open(path, "a") as f:
+            f.write(f"{code}\n")
+
+
+def default_nproc() -> int:
+    """One process a GPU; one where there is none."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+class LocalLauncher:
+    """Runs `command` (arguments of `mixer`) in `nproc` processes until it is finished, saved or beyond help."""
+
+    def __init__(self, command: Sequence[str], run_dir: str, nproc: int, max_restarts: int):
+        self.command, self.run, self.nproc, self.max_restarts = list(command), RunFolder(run_dir), nproc, max_restarts
+        self._agent: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+
+    def launch(self) -> int:
+        """Exit code 0 finished, 75 saved and to be continued, else an error."""
+        for number in _FORWARDED:
+            signal.signal(number, self._forward)
+        # The terminal sends Ctrl-C to the training processes too: they save, and this one waits for them
+        signal.signal(signal.SIGINT, lambda *_: setattr(self, "_stopping", True))
+        fruitless = 0
+        while True:
+            before = committed_steps(self.run.checkpoints)
+            codes, agent_code = self._start_once()
+            if agent_code == 0:
+                return 0
+            if EXIT_SAVED in codes:
+                return EXIT_SAVED
+            if UserError.exit_code in codes or self._stopping:
+                return UserError.exit_code
+            after = committed_steps(self.run.checkpoints)
+            fruitless = 0 if after[-1:] != before[-1:] else fruitless + 1
+            if fruitless > self.max_restarts:
+                raise UserError(f"the training processes died {fruitless} times without a new checkpoint in between; "
+                                f"see {self.run.path / 'logs'}, then `mixer resume {self.run.path}`")
+            where = f"step {after[-1]}" if after else "the beginning"
+            print(f"a training process died; restarting from {where} "
+                  f"({fruitless} of launch.max_restarts={self.max_restarts} without progress)", flush=True)
+
+    def _start_once(self) -> tuple[list[int], int]:
+        with tempfile.TemporaryDirectory(prefix="mixer-") as scratch:
+            outcome = Path(scratch) / "outcome"
+            environment = {**os.environ, OUTCOME_FILE: str(outcome)}
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.nproc)))
+            self._agent = subprocess.Popen(
+                [*torchrun(self.nproc), "-m", "launch.cli", *self.command], env=environment,
+                preexec_fn=die_with_parent,
+            )
+            code = self._agent.wait()
+            lines = outcome.read_text().split() if outcome.exists() else []
+            return [int(line) for line in lines], code
+
+    def _forward(self, number: int, frame: object) -> None:
+        self._stopping = True
+        if self._agent:
+            self._agent.send_signal(number)
+
+
+def torchrun(nproc: int) -> list[str]:
+    """The torchrun command for one machine: private rendezvous, no restarts of its own, signals passed on."""
+    return [
+        sys.executable, "-m", "launch.agent", "--standalone", f"--nproc-per-node={nproc}", "--max-restarts=0",
+        f"--signals-to-handle={_AGENT_SIGNALS}", f"--shutdown-timeout={_SAVE_SECONDS}",
+    ]

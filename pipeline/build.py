@@ -1,0 +1,270 @@
+"""From a `Config` to the parts of a training: data, model, engine, checkpoints. The only place that wires them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from data_tools.errors import UserError
+from pipeline.checkpoint.layout import CheckpointReader, InitialState, load_pieces
+from pipeline.checkpoint.manager import CheckpointManager, Retention
+from pipeline.config import Config
+from pipeline.data.augment import EvalTransform, TrainTransform
+from pipeline.data.loader import PADDING, Batch, Share, TrainSamples
+from pipeline.data.order import SampleOrder
+from pipeline.data.source import SampleSource, open_source
+from pipeline.duration import Duration
+from pipeline.ema import WeightAverage
+from pipeline.losses import Loss, make_loss
+from pipeline.model import create_model, model_cost
+from pipeline.model.flops import peak_flops
+from pipeline.model.mixer import init_parameter
+from pipeline.optim import param_groups
+from pipeline.parallel.engine import EMA, EngineOptions, TrainEngine, make_engine
+from pipeline.parallel.world import World
+from pipeline.run import RunFolder
+
+STATE_BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and two moments
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every duration of the configuration in steps; `save_every` in steps (int) or seconds (float)."""
+
+    total_steps: int
+    warmup_steps: int
+    log_every: int
+    eval_every: int | None
+    save_every: int | float
+    agree_every: int
+
+    @staticmethod
+    def of(config: Config, epoch_size: int, step: int = 0, samples: int = 0, on_cpu: bool = True) -> Schedule:
+        """`step` and `samples` are those done so far. After a change of the batch size, what remains of a duration
+        given in epochs or samples is counted in batches of the new size."""
+        batch = config.train.global_batch_size
+
+        def steps(text: str) -> int:
+            return max(1, Duration.parse(text).to_steps(batch, epoch_size))
+
+        duration = Duration.parse(config.train.duration)
+        total = duration.to_steps(batch, epoch_size)
+        if samples != step * batch and duration.unit != "steps":
+            total = step + max(0, -(-(total * batch - samples) // batch))
+        every = Duration.parse(config.checkpoint.every)
+        return Schedule(
+            total, Duration.parse(config.scheduler.warmup).to_steps(batch, epoch_size), steps(config.logging.every),
+            steps(config.eval.every) if config.eval.every else None,
+            every.seconds() if every.is_time else steps(config.checkpoint.every),
+            # Agreeing costs a round trip: nothing beside a CPU's step, something beside a GPU's
+            1 if on_cpu else 10,
+        )
+
+
+@dataclass
+class Parts:
+    """What a `Trainer` works with."""
+
+    config: Config
+    world: World
+    run: RunFolder
+    engine: TrainEngine
+    average: WeightAverage
+    order: SampleOrder
+    share: Share
+    schedule: Schedule
+    train_samples: TrainSamples
+    val_samples: TrainSamples | None
+    loss_fn: Loss
+    checkpoints: CheckpointManager
+    allow: set[str] = field(default_factory=set)
+    train_flops: float = 0.0  # per image
+    peak_flops: float | None = None
+    patch_size: int | None = None
+
+    def blank_batch(self) -> Batch:
+        """A micro-batch of padding alone, in the shape of a real one."""
+        m, size, c = self.share.micro_batch_size, self.config.model.image_size, self.config.model.in_chans
+        rates = self.train_samples.drop_rates
+        return Batch(
+            torch.zeros(m, c, size, size, dtype=torch.uint8), torch.zeros(m, dtype=torch.int64), torch.zeros(m),
+            torch.ones(m, 0 if rates is None else len(rates)), torch.full((m,), PADDING),
+            torch.zeros(m, dtype=torch.int64), [],
+        )
+
+    def load(self, reader: CheckpointReader | None) -> dict[str, Any]:
+        """Overwrites the engine's state from a checkpoint, or with a fresh run's. Returns the checkpoint's state.
+
+        Raises:
+            UserError: the checkpoint is of another model, or its data is not `data.train`.
+        """
+        if reader is None:
+            seed, bias = self.config.run.seed, self.config.loss.head_bias
+            source = InitialState(lambda name: init_parameter(name, self.engine.shapes[name], seed, bias))
+            load_pieces(self.engine.pieces(), source)
+            self.average.load(source, has=True)
+            self.engine.finish_load(0)
+            return {}
+        self._check_model(reader)
+        state = reader.state()
+        load_pieces(self.engine.pieces(), reader)
+        self.average.load(reader, has=any(kind == EMA for _, kind in reader.manifest.tensors))
+        self.engine.finish_load(state["optimizer_step"])
+        source = self.train_samples.source
+        batch = self.config.train.global_batch_size
+        stored = state["order"]
+        if stored["manifest_sha"] != source.digest and "data.train" in self.allow:
+            fresh = self.order.state  # the new set's first epoch, under a number that was not used before
+            self.order.state = replace(fresh, epoch=stored["epoch"] + 1)
+        else:
+            self.order = SampleOrder.resume(
+                stored, source.shard_sizes, manifest_sha=source.digest, global_batch_size=batch
+            )
+        self.schedule = Schedule.of(self.config, self.order.num_samples, state["step"], state["samples"],
+                                    self.world.device.type == "cpu")
+        return state
+
+    def _check_model(self, reader: CheckpointReader) -> None:
+        mine, stored = self.engine.tensors(), reader.manifest.tensors
+        for (name, kind), shape in mine.items():
+            if stored.get((name, kind)) != shape:
+                there = list(stored[name, kind]) if (name, kind) in stored else "nothing"
+                raise UserError(f"{reader.folder} is of another model: {kind} of {name} is {list(shape)} here and "
+                                f"{there} there. Take the run's own configuration ({self.run.config})")
+
+    def summary(self, running: str, step: int, previous: dict[str, Any] | None) -> str:
+        """The first block of a training's output: what is run, on what, and from where it goes on."""
+        c, share, world = self.config, self.share, self.world
+        count = sum(torch.Size(s).numel() for s in self.engine.shapes.values())
+        device = f"{world.size} x {torch.cuda.get_device_name() if world.device.type == 'cuda' else 'CPU process'}"
+        start = "a fresh start"
+        if previous is not None:
+            start = (f"RESUMED from step {step}, written by {previous.get('strategy')} on "
+                     f"{previous.get('world_size')} ranks; now {c.train.strategy} on {world.size}")
+        val = f"; val: {sum(self.val_samples.source.shard_sizes):,} samples" if self.val_samples else "; no val split"
+        rows = [
+            ("model", f"{c.model.name}, {count / 1e6:.2f}M parameters, {c.model.image_size} px, "
+                      f"{self.train_samples.num_classes} classes, {c.train.precision}"),
+            ("strategy", running),
+            ("devices", device),
+            ("batch", f"{c.train.global_batch_size} = {share.micro_batch_size} x {world.size} ranks x "
+                      f"{share.micro_steps} accumulated" + _padding(share, world.size, c.train.global_batch_size)),
+            ("data", f"{self.train_samples.source.name}, {self.order.num_samples:,} samples{val}"),
+            ("length", f"{self.schedule.total_steps:,} steps ({c.train.duration}), "
+                       f"{self.order.steps_per_epoch:,} an epoch"),
+            ("run", f"{self.run.path}: {start}"),
+        ]
+        return "\n".join(f"{name:>9}  {text}" for name, text in rows)
+
+
+def _padding(share: Share, ranks: int, batch: int) -> str:
+    spare = share.micro_batch_size * share.micro_steps * ranks - batch
+    return f" - {spare} of weight 0" if spare else ""
+
+
+def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
+    """Opens the data, makes model and engine. Loads no state yet. Raises UserError."""
+    c = config
+    run = RunFolder(c.run.dir)
+    source = open_source(c.data.train, "train", image_size=c.model.image_size, num_classes=c.model.num_classes)
+    classes = num_classes(config, source)
+    val_source = open_val(config, source)
+    batch = c.train.global_batch_size
+    if world.size > batch:
+        raise UserError(f"{world.size} ranks, but train.global_batch_size={batch}: start at most {batch} processes, or "
+                        "raise the batch")
+    order = SampleOrder(
+        source.shard_sizes, manifest_sha=source.digest, seed=c.run.seed, global_batch_size=batch,
+        lanes=c.data.lanes, chunk=c.data.chunk, window=c.data.window,
+    )
+    micro = c.train.micro_batch_size
+    share = Share.of(world.rank, world.size, batch, None if isinstance(micro, str) else micro)
+    overrides = model_overrides(config)
+    cost = model_cost(c.model.name, classes, c.model.image_size, **overrides)
+    c.train.strategy = choose_strategy(c.train.strategy, cost.parameters, world)
+    model = create_model(c.model.name, classes, c.model.image_size, device="meta", **overrides)
+    train_samples = TrainSamples(
+        source,
+        TrainTransform(c.model.image_size, c.run.seed, c.augment.crop, (c.augment.scale[0], c.augment.scale[1]),
+                       (c.augment.ratio[0], c.augment.ratio[1]), c.augment.hflip),
+        channels=c.model.in_chans, num_classes=classes, drop_rates=model.drop_rates(), seed=c.run.seed,
+    )
+    loss_fn = make_loss(c.loss.name, c.loss.label_smoothing)
+    options = EngineOptions(
+        c.train.strategy, c.train.precision, batch, share.micro_batch_size, share.micro_steps,
+        (c.optimizer.betas[0], c.optimizer.betas[1]), c.optimizer.eps, c.optimizer.clip_grad_norm or 0.0,
+        c.train.compile, c.train.activation_checkpointing,
+    )
+    engine = make_engine(model, param_groups(model, c.optimizer.weight_decay), loss_fn, options, world)
+    keep_every = c.checkpoint.keep_every
+    steps = Duration.parse(keep_every).to_steps(batch, order.num_samples) if keep_every else None
+    on_cpu = world.device.type == "cpu"
+    return Parts(
+        config, world, run, engine, WeightAverage(engine, c.train.ema_decay), order, share,
+        Schedule.of(config, order.num_samples, on_cpu=on_cpu), train_samples,
+        None if val_source is None else eval_samples(config, val_source, classes), loss_fn,
+        CheckpointManager(run.checkpoints, world, Retention(c.checkpoint.keep_last, steps)), allow or set(),
+        cost.training_flops,
+        None if on_cpu else peak_flops(torch.cuda.get_device_name(), c.train.precision),
+        patch_size(config),
+    )
+
+
+def patch_size(config: Config) -> int | None:
+    """Pixels of a patch's side, for pictures of the token grid; None for models without patches."""
+    from pipeline.model import variants
+
+    name = config.model.name
+    return variants.resolve(name, **model_overrides(config)).patch_size if name in variants.names() else None
+
+
+def model_overrides(config: Config) -> dict[str, Any]:
+    m = config.model
+    return {"patch_size": m.patch_size, "in_chans": m.in_chans, "hidden_dim": m.hidden_dim,
+            "num_blocks": m.num_blocks, "tokens_mlp_dim": m.tokens_mlp_dim,
+            "channels_mlp_dim": m.channels_mlp_dim, "drop_path_rate": m.drop_path_rate}
+
+
+def num_classes(config: Config, source: SampleSource) -> int:
+    """model.num_classes, else the data set's own number. Raises UserError where neither says, or they differ."""
+    known = len(source.classes) if source.classes else None
+    asked = config.model.num_classes
+    if asked is None:
+        asked = known or getattr(source, "num_classes", None)
+    if asked is None:
+        raise UserError(f"{source.name} does not name its classes: set model.num_classes")
+    if known and asked < known:
+        raise UserError(f"model.num_classes={asked}, but {source.name} has {known} classes; leave it out or raise it")
+    return asked
+
+
+def open_val(config: Config, train: SampleSource) -> SampleSource | None:
+    """The evaluation split: data.val, else the val split of data.train, else none."""
+    path = config.data.val
+    if path == "none":
+        return None
+    if path is None:
+        splits = getattr(train, "splits", ["train", "val"])
+        if "val" not in splits:
+            return None
+        path = config.data.train
+    return open_source(path, "val", image_size=config.model.image_size, num_classes=config.model.num_classes)
+
+
+def eval_samples(config: Config, source: SampleSource, classes: int) -> TrainSamples:
+    transform = EvalTransform(config.model.image_size, config.eval.crop_fraction)
+    return TrainSamples(source, transform, channels=config.model.in_chans, num_classes=classes)
+
+
+def choose_strategy(asked: str, parameters: int, world: World) -> str:
+    """`auto` is ddp while the training state takes at most half of the device, else fsdp."""
+    if asked != "auto":
+        return asked
+    if world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size
+    return "ddp" if parameters * STATE_BYTES_PER_PARAMETER <= memory / 2 else "fsdp"

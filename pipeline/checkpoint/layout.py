@@ -1,0 +1,258 @@
+"""The flat-piece file format: how tensors lie in files, who must have written what, and reading any range back.
+
+A checkpoint folder holds one safetensors file a writer; each entry is a run of elements of one flattened tensor,
+named `{kind}/{name}@{offset}`. All layouts (replicated, FSDP, ZeRO) are runs in that space, so no rank gathers
+anything to write, and any rank of any layout reads just the ranges it needs. Files are ordinary safetensors, but
+written here: hash and bytes go out in one pass, and no second copy of the state is made in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+
+from data_tools.errors import UserError
+from pipeline.parallel.engine import ADAM_MOMENTS, BUFFER, EMA, WEIGHT, Piece
+
+FORMAT_VERSION = 1
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
+           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+
+Key = tuple[str, str]  # (name, kind)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, incomplete or of another model."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint: size, xxh3_128 hex digest, and its pieces as (name, kind, offset, length)."""
+
+    name: str
+    bytes: int
+    hash: str
+    pieces: list[tuple[str, str, int, int]]
+
+
+def piece_key(name: str, kind: str, offset: int) -> str:
+    return f"{kind}/{name}@{offset}"
+
+
+def write_pieces(path: Path, pieces: Iterable[Piece]) -> FileRecord:
+    """Writes one safetensors file and syncs it. Empty pieces are left out. Raises OSError."""
+    kept = [p for p in pieces if p.data.numel()]
+    header: dict[str, Any] = {"__metadata__": {"format": f"mixer-pieces-{FORMAT_VERSION}"}}
+    at = 0
+    for p in kept:
+        size = p.data.numel() * p.data.element_size()
+        header[piece_key(p.name, p.kind, p.offset)] = {
+            "dtype": _DTYPES[p.data.dtype], "shape": [p.data.numel()], "data_offsets": [at, at + size]
+        }
+        at += size
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # the format wants its data aligned
+    digest = xxhash.xxh3_128()
+    with open(path, "wb") as f:
+        for block in (len(head).to_bytes(8, "little"), head):
+            digest.update(block)
+            f.write(block)
+        for p in kept:
+            block = memoryview(p.data.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(block)
+            f.write(block)
+        f.flush()
+        os.fsync(f.fileno())
+    return FileRecord(path.name, 8 + len(head) + at, digest.hexdigest(),
+                      [(p.name, p.kind, p.offset, p.data.numel()) for p in kept])
+
+
+def hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as f:
+        while block := f.read(8 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_coverage(tensors: dict[Key, tuple[int, ...]], files: Iterable[FileRecord]) -> None:
+    """The union of all pieces must hold every element of every tensor exactly once, and nothing else.
+
+    Raises:
+        CheckpointError: naming the first tensor with a gap, an overlap, or that nobody asked for.
+    """
+    runs: dict[Key, list[tuple[int, int]]] = {key: [] for key in tensors}
+    for record in files:
+        for name, kind, offset, length in record.pieces:
+            if (name, kind) not in runs:
+                raise CheckpointError(f"{record.name} holds {kind} of {name}, which is not part of the state")
+            runs[name, kind].append((offset, length))
+    for (name, kind), found in runs.items():
+        at = 0
+        for offset, length in sorted(found):
+            if offset != at:
+                word = "written twice" if offset < at else "missing"
+                raise CheckpointError(f"{kind} of {name}: elements from {min(offset, at):,} on are {word}")
+            at += length
+        if at != prod(tensors[name, kind]):
+            raise CheckpointError(f"{kind} of {name}: {at:,} of {prod(tensors[name, kind]):,} elements were written")
+
+
+class StateSource(Protocol):
+    """Where a training state comes from: a checkpoint, or the initial values of a fresh run."""
+
+    def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
+        """Elements [offset, offset + length) of a flattened tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """MANIFEST.json: its presence is what makes a folder a checkpoint."""
+
+    step: int
+    tensors: dict[Key, tuple[int, ...]]
+    files: list[FileRecord]
+    state_hash: str
+    metrics: dict[str, float]
+    written_by: dict[str, Any]
+    version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        raw = asdict(self)
+        raw["tensors"] = [[name, kind, list(shape)] for (name, kind), shape in self.tensors.items()]
+        return json.dumps(raw, separators=(",", ":")) + "\n"
+
+    @staticmethod
+    def load(folder: Path) -> CheckpointManifest:
+        """Raises CheckpointError where it is missing, unreadable or of a newer version."""
+        try:
+            raw = json.loads((folder / MANIFEST).read_text())
+            if raw["version"] != FORMAT_VERSION:
+                raise CheckpointError(f"{folder}: checkpoint format {raw['version']}, this release reads "
+                                      f"{FORMAT_VERSION}; upgrade the package")
+            raw["tensors"] = {(n, k): tuple(s) for n, k, s in raw["tensors"]}
+            raw["files"] = [FileRecord(**{**f, "pieces": [tuple(p) for p in f["pieces"]]}) for f in raw["files"]]
+            return CheckpointManifest(**raw)
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise CheckpointError(f"{folder}/{MANIFEST} is damaged ({type(e).__name__}: {e})") from e
+
+
+class CheckpointReader:
+    """Reads ranges of tensors out of a committed checkpoint; opens only the files it needs."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.manifest = CheckpointManifest.load(folder)
+        self._where: dict[Key, list[tuple[int, int, str]]] = {}
+        for record in self.manifest.files:
+            for name, kind, offset, length in record.pieces:
+                self._where.setdefault((name, kind), []).append((offset, length, record.name))
+        for runs in self._where.values():
+            runs.sort()
+        self._open: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """state.json: step, order, optimizer step and the like. Raises CheckpointError where it is damaged."""
+        try:
+            text = (self.folder / STATE).read_bytes()
+            if xxhash.xxh3_128_hexdigest(text) != self.manifest.state_hash:
+                raise ValueError("its hash is not the manifest's")
+            return json.loads(text)
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"{self.folder / STATE} is damaged: {e}") from e
+
+    def has(self, name: str, kind: str) -> bool:
+        return (name, kind) in self.manifest.tensors
+
+    def shape(self, name: str, kind: str = WEIGHT) -> tuple[int, ...]:
+        return self.manifest.tensors[name, kind]
+
+    def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
+        if not self.has(name, kind):
+            raise CheckpointError(f"{self.folder} holds no {kind} of {name}: it is of another model")
+        parts = []
+        end = offset + length
+        for at, size, file in self._where.get((name, kind), []):
+            first, last = max(offset, at), min(end, at + size)
+            if first < last:
+                piece = self._file(file).get_slice(piece_key(name, kind, at))
+                parts.append(piece[first - at : last - at])
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+
+    def tensor(self, name: str, kind: str = WEIGHT) -> Tensor:
+        """The whole tensor in its own shape."""
+        shape = self.shape(name, kind)
+        return self.read(name, kind, 0, prod(shape)).view(shape)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(str(self.folder / name), framework="pt")
+            except Exception as e:  # safetensors has an exception of its own, and OSError, by version
+                raise CheckpointError(f"{self.folder / name} cannot be read: {e}") from e
+        return self._open[name]
+
+    def damage(self, files: Iterable[FileRecord]) -> str | None:
+        """What is wrong with `files` (sizes and hashes), or None."""
+        for record in files:
+            path = self.folder / record.name
+            try:
+                size = path.stat().st_size
+                if size != record.bytes:
+                    return f"{path} has {size:,} bytes, not {record.bytes:,}"
+                if hash_file(path) != record.hash:
+                    return f"{path}: its hash is not the manifest's"
+            except OSError as e:
+                return f"{path}: {e.strerror}"
+        return None
+
+    def digest(self) -> str:
+        """Hex digest of every weight, moment and EMA value, independent of who wrote which piece of it."""
+        digest = xxhash.xxh3_128()
+        for (name, kind), shape in sorted(self.manifest.tensors.items()):
+            digest.update(f"{kind}/{name}{list(shape)}".encode())
+            digest.update(memoryview(self.read(name, kind, 0, prod(shape)).contiguous().view(torch.uint8).numpy()))
+        return digest.hexdigest()
+
+
+class InitialState:
+    """The state of a run that has not begun: keyed initial weights, zero moments.
+
+    `initial_value(name)` makes one whole tensor; the latest is kept, because its pieces are asked for in a row.
+    """
+
+    def __init__(self, initial_value: Callable[[str], Tensor]):
+        self._initial_value = initial_value
+        self._cached: tuple[str, Tensor] | None = None
+
+    def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
+        if kind in ADAM_MOMENTS:
+            return torch.zeros(length)
+        if kind not in (WEIGHT, EMA, BUFFER):
+            raise CheckpointError(f"no initial value for {kind} of {name}")
+        if self._cached is None or self._cached[0] != name:
+            self._cached = name, self._initial_value(name).reshape(-1)
+        return self._cached[1][offset : offset + length]
+
+
+@torch.no_grad()
+def load_pieces(pieces: Iterable[Piece], source: StateSource) -> None:
+    """Overwrites every piece in place with the source's values."""
+    for piece in pieces:
+        if piece.data.numel():
+            piece.data.copy_(source.read(piece.name, piece.kind, piece.offset, piece.data.numel()))

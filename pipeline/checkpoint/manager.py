@@ -1,0 +1,221 @@
+"""Saving, committing, finding, verifying and pruning the checkpoints of a run.
+
+    RUN/checkpoints/step-00001000/ rank-00000-of-00002.safetensors ... state.json MANIFEST.json
+    RUN/checkpoints/LATEST         a hint for people
+
+A checkpoint exists if and only if its MANIFEST.json does: files are synced first, every writer reports size and
+hash, the union of pieces is checked, rank 0 writes the manifest last. A folder without one is debris of a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from pipeline.checkpoint.layout import (
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    CheckpointManifest,
+    CheckpointReader,
+    FileRecord,
+    Key,
+    check_coverage,
+    write_pieces,
+)
+from pipeline.parallel.engine import Piece
+from pipeline.parallel.world import World
+
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `keep_last`, every multiple of `keep_every` steps, and the best one."""
+
+    keep_last: int = 3
+    keep_every: int | None = None
+
+    def obsolete(self, steps: list[int], best: int | None) -> list[int]:
+        newest = set(sorted(steps)[-max(1, self.keep_last) :])
+        forever = {s for s in steps if self.keep_every and s % self.keep_every == 0}
+        return [s for s in steps if s not in newest | forever and s != best]
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def committed_steps(root: Path) -> list[int]:
+    """Steps of the checkpoints that exist, ascending."""
+    if not root.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in root.iterdir() if (m := _STEP.fullmatch(p.name))]
+    return sorted(s for s, p in found if (p / MANIFEST).exists())
+
+
+def best_step(root: Path, metric: str = "top1") -> int | None:
+    """The step whose checkpoint was evaluated best; the later of equals; None where none was evaluated."""
+    scores = []
+    for step in committed_steps(root):
+        try:
+            value = CheckpointManifest.load(step_folder(root, step)).metrics.get(metric)
+        except CheckpointError:
+            continue
+        if value is not None:
+            scores.append((value, step))
+    return max(scores)[1] if scores else None
+
+
+def choose(root: Path, which: str) -> Path:
+    """The folder of checkpoint `last`, `best` or `step-N`. Raises CheckpointError naming those that exist."""
+    steps = committed_steps(root)
+    if not steps:
+        raise CheckpointError(f"{root} holds no checkpoint: the run has not saved yet")
+    if which == "last":
+        return step_folder(root, steps[-1])
+    if which == "best":
+        best = best_step(root)
+        if best is None:
+            raise CheckpointError(f"no checkpoint in {root} was evaluated during training; use --checkpoint last")
+        return step_folder(root, best)
+    match = re.fullmatch(r"(?:step-)?(\d+)", which)
+    if match and int(match[1]) in steps:
+        return step_folder(root, int(match[1]))
+    known = ", ".join(f"step-{s}" for s in steps)
+    raise CheckpointError(f"no checkpoint '{which}' in {root}; there are: last, best, {known}")
+
+
+class CheckpointManager:
+    """The checkpoints of one run, seen from every rank at once: all methods are collective."""
+
+    def __init__(self, root: Path, world: World, retention: Retention):
+        self.root, self.world, self.retention = root, world, retention
+        if world.is_main:
+            root.mkdir(parents=True, exist_ok=True)
+
+    def save(
+        self, step: int, tensors: dict[Key, tuple[int, ...]], pieces: Iterable[Piece], state: dict[str, Any],
+        *, metrics: dict[str, float], written_by: dict[str, Any],
+    ) -> float:
+        """Writes and commits one checkpoint; returns the seconds it took. Every rank passes its own pieces.
+
+        Raises:
+            CheckpointError: on every rank, if any rank failed; nothing is committed then and nothing was pruned.
+        """
+        started = time.perf_counter()
+        folder = step_folder(self.root, step)
+        self._together(lambda: self._prepare(folder) if self.world.is_main else None)
+        name = f"rank-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
+        records = self._together(lambda: write_pieces(folder / name, pieces))
+        self._together(
+            lambda: self._commit(folder, step, tensors, records, state, metrics, written_by)
+            if self.world.is_main else None
+        )
+        return time.perf_counter() - started
+
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """Runs `work` on every rank and returns all results; a failure anywhere is raised everywhere."""
+        try:
+            outcome: tuple[Any, str | None] = work(), None
+        except Exception as e:
+            outcome = None, f"rank {self.world.rank}: {e}"
+        outcomes = self.world.gather(outcome)
+        failures = [failure for _, failure in outcomes if failure]
+        if failures:
+            raise CheckpointError("; ".join(failures[:3]))
+        return [result for result, _ in outcomes]
+
+    def _prepare(self, folder: Path) -> None:
+        if folder.exists():  # debris of a crash, or a step that is saved again after walking back
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+
+    def _commit(
+        self, folder: Path, step: int, tensors: dict[Key, tuple[int, ...]], files: list[FileRecord],
+        state: dict[str, Any], metrics: dict[str, float], written_by: dict[str, Any],
+    ) -> None:
+        check_coverage(tensors, files)
+        text = json.dumps(state, indent=1).encode()
+        _write_synced(folder / STATE, text)
+        manifest = CheckpointManifest(
+            step, tensors, files, xxhash.xxh3_128_hexdigest(text), metrics, written_by
+        )
+        sync_folder(folder)
+        _write_synced(folder / (MANIFEST + ".tmp"), manifest.to_json().encode())
+        os.replace(folder / (MANIFEST + ".tmp"), folder / MANIFEST)
+        sync_folder(folder)
+        sync_folder(self.root)
+        _write_synced(self.root / "LATEST.tmp", folder.name.encode() + b"\n")
+        os.replace(self.root / "LATEST.tmp", self.root / "LATEST")
+        self._prune()
+
+    def _prune(self) -> None:
+        steps = committed_steps(self.root)
+        for step in self.retention.obsolete(steps, best_step(self.root)):
+            folder = step_folder(self.root, step)
+            (folder / MANIFEST).unlink()  # first: a half-deleted folder must not look like a checkpoint
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def clean(self) -> None:
+        """Removes folders that a crash left without a manifest. Only at a start, when nobody is writing."""
+        if self.world.is_main:
+            for path in self.root.iterdir():
+                if _STEP.fullmatch(path.name) and not (path / MANIFEST).exists():
+                    shutil.rmtree(path, ignore_errors=True)
+        self.world.barrier()
+
+    def newest_good(self, warn: Callable[[str], None]) -> CheckpointReader | None:
+        """The newest checkpoint whose files are whole, walking back over damaged ones; None where none exists.
+
+        Ranks share the hashing; rank 0 says which checkpoint is looked at, so all take the same one.
+
+        Raises:
+            CheckpointError: checkpoints exist, but not one of them is whole.
+        """
+        steps = self.world.broadcast(committed_steps(self.root)[::-1])
+        for step in steps:
+            damage = self._damage(step_folder(self.root, step))
+            if damage is None:
+                return CheckpointReader(step_folder(self.root, step))
+            if self.world.is_main:
+                warn(f"checkpoint step-{step} is damaged and left aside: {damage}")
+        if steps:
+            raise CheckpointError(f"no checkpoint in {self.root} is whole ({len(steps)} were tried); restore one from "
+                                  "a copy, or move the folder away to start from the beginning")
+        return None
+
+    def _damage(self, folder: Path) -> str | None:
+        try:
+            reader = CheckpointReader(folder)
+            reader.state()
+            mine = reader.damage(reader.manifest.files[self.world.rank :: self.world.size])
+        except CheckpointError as e:
+            mine = str(e)
+        return next((d for d in self.world.gather(mine) if d), None)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Makes names in a folder durable: renames and new files survive a power cut only after this."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

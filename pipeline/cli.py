@@ -1,0 +1,222 @@
+"""`mixer train` and `mixer eval`, as functions: what runs inside every training process.
+
+The command line itself is in `launch.cli`; torch is imported here, inside the functions.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_tools.errors import UserError
+from pipeline.config import Config, diff_configs, load_config, to_yaml
+from pipeline.run import RunFolder, replace_file
+
+EXIT_SAVED = 75  # EX_TEMPFAIL, "try again": saved before the end, to be continued
+SMOKE_STEPS = 3
+
+
+def quiet_libraries() -> None:
+    """Third-party chatter that says nothing to a user; warnings of our own and errors still show."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="torch|deepspeed|accelerate")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name in ("DeepSpeed", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def run_training(config: Config, allow: set[str]) -> int:
+    """Trains in this process, as one rank of the group that the environment describes. Returns the exit code."""
+    quiet_libraries()
+    from pipeline.build import build
+    from pipeline.parallel.world import World
+    from pipeline.trainer import Trainer
+
+    world = World.join()
+    try:
+        problem = None
+        if world.is_main:
+            try:
+                take_over_run(config, allow)
+            except UserError as e:
+                problem = str(e)
+        problem = world.broadcast(problem)
+        if problem:
+            raise UserError(problem)
+        outcome = Trainer(build(config, world, allow)).train()
+        return 0 if outcome == "finished" else EXIT_SAVED
+    finally:
+        world.leave()
+
+
+def take_over_run(config: Config, allow: set[str]) -> RunFolder:
+    """Locks the run folder, compares with what it was started with, writes down what runs now.
+
+    Raises:
+        UserError: another training holds the folder; or a key changed that a resume may not change.
+    """
+    run = RunFolder(config.run.dir)
+    run.lock()
+    if run.config.exists() and run.checkpoints.is_dir():
+        changes = [c for c in diff_configs(load_config(str(run.config)).config, config) if c.key != "run.dir"]
+        refused = [c for c in changes if c.kind == "refused"]
+        if refused:
+            raise UserError(f"{run.path} is a run with other settings: {'; '.join(map(str, refused))}. These cannot "
+                            "change within a run: set them back, or start a new run with another run.dir")
+        undeclared = [c for c in changes if c.kind == "declared" and c.key not in allow]
+        if undeclared:
+            keys = ",".join(c.key for c in undeclared)
+            raise UserError(f"{run.path}: this changes what is optimised: {'; '.join(map(str, undeclared))}. "
+                            f"If you mean it, add --allow {keys}")
+        if changes:
+            print("changed since the last start: " + "; ".join(map(str, changes)), flush=True)
+            run.record("config", changes=[{"key": c.key, "old": c.old, "new": c.new} for c in changes])
+    run.finished.unlink(missing_ok=True)  # written again at the end; a longer duration goes on from here
+    run.describe(to_yaml(config))
+    return run
+
+
+def run_smoke(config: Config) -> int:
+    """A few steps, save, resume, evaluate: does everything that a long run does, in a throw-away folder."""
+    quiet_libraries()
+    import tempfile
+
+    from pipeline.build import build
+    from pipeline.parallel.world import World
+    from pipeline.trainer import Trainer
+
+    world = World.join()
+    with tempfile.TemporaryDirectory(prefix="mixer-smoke-") as mine:
+        folder = world.broadcast(mine)
+        config = replace(
+            config, run=replace(config.run, dir=folder),
+            train=replace(config.train, duration=f"{SMOKE_STEPS + 1} steps"),
+            scheduler=replace(config.scheduler, warmup="0 steps"),
+            eval=replace(config.eval, every=None), logging=replace(config.logging, every="1 steps", to=["tensorboard"]),
+        )
+        try:
+            Trainer(build(config, world)).train(stop_at=SMOKE_STEPS)
+            trainer = Trainer(build(config, world))
+            trainer.train()
+            resumed = trainer.step == SMOKE_STEPS + 1 and trainer.attempt == 1
+            if not resumed:
+                raise UserError("smoke test: the run did not resume from its own checkpoint")
+            if world.is_main:
+                evaluated = f", evaluated {trainer.metrics['samples']:.0f} samples" if trainer.metrics else ""
+                print(f"smoke test: {SMOKE_STEPS} steps, saved, resumed, 1 more step{evaluated}: fit to submit")
+        finally:
+            world.leave()
+    return 0
+
+
+def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
+    """Top-1 and top-5 of one checkpoint over the val split, each sample once on any number of ranks."""
+    quiet_libraries()
+    import time
+
+    import torch
+
+    from pipeline.build import eval_samples, model_overrides, num_classes, open_source, open_val
+    from pipeline.checkpoint.layout import CheckpointReader
+    from pipeline.checkpoint.manager import choose
+    from pipeline.data.augment import normalize
+    from pipeline.data.loader import Batch, eval_batches
+    from pipeline.evaluate import evaluate
+    from pipeline.losses import make_loss
+    from pipeline.model import create_model
+    from pipeline.parallel.engine import BUFFER, EMA, WEIGHT
+    from pipeline.parallel.world import World
+
+    run = existing_run(run_dir)
+    config = load_config(str(run.config), [f"run.dir={run.path}", *overrides]).config
+    reader = CheckpointReader(choose(run.checkpoints, which))
+    damage = reader.damage(reader.manifest.files)
+    if damage:
+        raise UserError(f"{damage}; evaluate another checkpoint (`--checkpoint step-N`)")
+    train = open_source(config.data.train, "train", image_size=config.model.image_size,
+                        num_classes=config.model.num_classes)
+    source = open_val(config, train)
+    if source is None:
+        raise UserError(f"{config.data.train} has no val split: give one with data.val=FOLDER")
+    classes = num_classes(config, train)
+    world = World.join()
+    model = create_model(config.model.name, classes, config.model.image_size, device="meta",
+                         **model_overrides(config))
+    model.to_empty(device=world.device)
+    kind = EMA if ema else WEIGHT
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not reader.has(name, kind):
+                raise UserError(f"{reader.folder} holds no {kind} of {name}" +
+                                ("; train with train.ema_decay=0.9999 to have an average" if ema else ""))
+            p.copy_(reader.tensor(name, kind))
+        for name, b in model.named_buffers():
+            if reader.has(name, BUFFER):
+                b.copy_(reader.tensor(name, BUFFER))
+    model.eval()
+    bf16 = config.train.precision == "bf16"
+
+    @torch.no_grad()
+    def predict(batch: Batch) -> torch.Tensor:
+        images = normalize(batch.images.to(world.device, non_blocking=True))
+        with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16):
+            return model(images, None).float()
+
+    size = config.eval.batch_size or 64
+    batches = eval_batches(eval_samples(config, source, classes), rank=world.rank, world_size=world.size,
+                           batch_size=size, num_workers=config.data.num_workers)
+    started = time.perf_counter()
+    with _bar(len(batches), enabled=world.is_main) as advance:
+        result = evaluate(predict, batches, make_loss(config.loss.name, config.loss.label_smoothing), world, advance)
+    seconds = time.perf_counter() - started
+    if world.is_main:
+        step = reader.manifest.step
+        report: dict[str, Any] = {"step": step, "weights": "ema" if ema else "raw", "data": source.name,
+                                  **result.to_dict(), "img_per_s": result.samples / seconds}
+        name = f"step-{step:08d}{'-ema' if ema else ''}.json"
+        replace_file(run.path / "eval" / name, json.dumps(report, indent=1) + "\n")
+        bad = f", {result.bad} unreadable" if result.bad else ""
+        print(f"{reader.folder.name}{' (ema)' if ema else ''}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
+              f"loss {result.loss:.4f} on {result.samples:,} samples of {source.name}{bad}  "
+              f"[{run.path / 'eval' / name}]")
+    world.leave()
+    return 0
+
+
+def existing_run(run_dir: str) -> RunFolder:
+    run = RunFolder(run_dir)
+    if not run.config.exists():
+        hint = "no such folder" if not Path(run_dir).is_dir() else "it has no config.yaml"
+        raise UserError(f"{run_dir} is not a run folder: {hint}. Runs are folders that `mixer train` made")
+    return run
+
+
+class _bar:
+    """A progress bar on a terminal, nothing elsewhere; calling it advances by one."""
+
+    def __init__(self, total: int, enabled: bool):
+        self._progress = None
+        if enabled and sys.stdout.isatty():
+            from rich.progress import Progress
+
+            self._progress = Progress(transient=True)
+            self._task = self._progress.add_task("evaluating", total=total)
+
+    def __enter__(self) -> Any:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __call__(self) -> None:
+        if self._progress:
+            self._progress.advance(self._task)
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._progress:
+            self._progress.stop()

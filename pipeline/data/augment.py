@@ -1,0 +1,100 @@
+"""Training and evaluation transforms of one image: uint8 [H, W, C] in, uint8 torch [C, size, size] out.
+
+Every random number comes from a Philox stream keyed by (seed, epoch, sample id): the same sample of the same epoch
+gets the same pixels on any rank, in any worker, in any micro-batch. Philox' raw output is part of numpy's stability
+promise, its distributions are not: so uniforms are made here, from the raw bits, in a fixed layout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pipeline.data.order import key
+
+_CROP_TRIES = 10
+_CROP_DRAWS = 4 * _CROP_TRIES
+
+
+def uniforms(purpose: str, seed: int, epoch: int, sample_id: int, count: int) -> np.ndarray:
+    """`count` float64 in [0, 1) that depend on the arguments alone."""
+    raw = np.random.Philox(key=[int(key(seed, epoch, purpose)), sample_id]).random_raw(count)
+    return (raw >> np.uint64(11)) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random-resized crop (Szegedy et al. 2015; "inception crop" in the paper, section 3) and horizontal flip.
+
+    `scale` is the cropped share of the area, `ratio` the aspect ratio's range; crop="resize" takes the whole image.
+    """
+
+    size: int
+    seed: int
+    crop: str = "inception"
+    scale: tuple[float, float] = (0.05, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+
+    def __call__(self, pixels: np.ndarray, epoch: int, sample_id: int) -> torch.Tensor:
+        u = uniforms("augment", self.seed, epoch, sample_id, _CROP_DRAWS + 1)
+        if self.crop == "inception":
+            top, left, height, width = self.crop_box(*pixels.shape[:2], u)
+            pixels = pixels[top : top + height, left : left + width]
+        image = resize(pixels, self.size, self.size)
+        return image.flip(-1) if u[_CROP_DRAWS] < self.hflip else image
+
+    def crop_box(self, height: int, width: int, u: np.ndarray) -> tuple[int, int, int, int]:
+        """(top, left, height, width): ten tries, then the largest centred box of an allowed aspect ratio."""
+        log_ratio = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for area_u, ratio_u, top_u, left_u in u[:_CROP_DRAWS].reshape(_CROP_TRIES, 4).tolist():
+            area = height * width * (self.scale[0] + area_u * (self.scale[1] - self.scale[0]))
+            ratio = math.exp(log_ratio[0] + ratio_u * (log_ratio[1] - log_ratio[0]))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return int(top_u * (height - h + 1)), int(left_u * (width - w + 1)), h, w
+        ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
+        w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+        return (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resize the shorter side to size / crop_fraction, then cut the centre ("resmall-crop" in the paper)."""
+
+    size: int
+    crop_fraction: float = 0.875
+
+    def __call__(self, pixels: np.ndarray) -> torch.Tensor:
+        height, width = pixels.shape[:2]
+        short = round(self.size / self.crop_fraction)
+        if height < width:
+            new = short, max(round(short * width / height), self.size)
+        else:
+            new = max(round(short * height / width), self.size), short
+        image = resize(pixels, *new)
+        top, left = (new[0] - self.size) // 2, (new[1] - self.size) // 2
+        return image[:, top : top + self.size, left : left + self.size].contiguous()
+
+
+def resize(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """Antialiased bilinear resize, uint8 [H, W, C] -> uint8 [C, height, width]."""
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    if image.shape[1:] == (height, width):
+        return image.contiguous()
+    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0].contiguous()
+
+
+def keep_mask(drop_rates: np.ndarray, seed: int, epoch: int, sample_id: int) -> torch.Tensor:
+    """Stochastic-depth keep-mask of one sample, float32 [2L] of zeros and ones (see `MlpMixer.drop_rates`)."""
+    keep = uniforms("depth", seed, epoch, sample_id, len(drop_rates)) >= drop_rates
+    return torch.from_numpy(keep.astype(np.float32))
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, C, H, W] -> float32 in [-1, 1], on the images' device."""
+    return images.to(torch.float32).div_(127.5).sub_(1.0)

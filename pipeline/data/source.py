@@ -1,0 +1,158 @@
+"""Where samples come from: `read(sample_id)` gives pixels and a label, whatever stores them.
+
+`TarSource` reads a local, indexed WebDataset by `pread`; `SyntheticSource` makes images up. A new kind of store is
+one more class with these five members.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from data_tools.errors import UserError
+from data_tools.manifest import DatasetManifest, ShardInfo, index_name, load_index
+from pipeline.data.decode import decode_image
+from pipeline.data.order import key
+
+
+class RawSample(NamedTuple):
+    """Pixels uint8 [H, W, C], class index, crc32 of the bytes they were decoded from."""
+
+    pixels: np.ndarray
+    label: int
+    crc32: int
+
+
+class BadSample(Exception):
+    """This one sample cannot be used; the message says where it is and why."""
+
+
+class SampleSource(Protocol):
+    name: str
+    digest: str
+    shard_sizes: list[int]
+    classes: list[str] | None
+
+    def read(self, sample_id: int, channels: int) -> RawSample:
+        """Raises BadSample."""
+        ...
+
+
+def open_source(path: str, split: str, *, image_size: int, num_classes: int | None) -> SampleSource:
+    """The split of a data set by its path; `synthetic` needs no data. Raises UserError."""
+    if path == "synthetic":
+        return SyntheticSource(split, image_size=image_size, num_classes=num_classes or 10)
+    return TarSource(path, split)
+
+
+class TarSource:
+    """Indexed tars in a local folder, read by one positioned read a sample; safe in forked workers.
+
+    Raises:
+        UserError: no such data set or split; a shard that is missing or whose size is not the manifest's.
+    """
+
+    def __init__(self, folder: str | Path, split: str, max_open: int = 128):
+        self.folder = Path(folder)
+        manifest = DatasetManifest.load(self.folder)
+        if split not in manifest.splits:
+            if len(manifest.splits) > 1 or not manifest.splits:
+                raise UserError(f"{folder} has no split '{split}' (it has: {', '.join(manifest.splits) or 'none'})")
+            split = next(iter(manifest.splits))  # a folder that holds one split only, whatever its name
+        self.splits = list(manifest.splits)
+        self.name = f"{folder} ({split})"
+        self.shards: list[ShardInfo] = manifest.splits[split]
+        self.shard_sizes = [s.samples for s in self.shards]
+        self.digest = manifest.split_digest(split)
+        self.classes = manifest.classes
+        self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self._max_open = max_open
+        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        self._pid = os.getpid()
+        self._check_shards()
+
+    def _check_shards(self) -> None:
+        for shard in self.shards:
+            path = self.folder / shard.name
+            try:
+                size = path.stat().st_size
+            except OSError as e:
+                raise UserError(f"{path}: {e.strerror}; the manifest lists it. Restore it, or shard again") from e
+            if size != shard.bytes:
+                raise UserError(
+                    f"{path} has {size:,} bytes, the manifest says {shard.bytes:,}: it was replaced or cut short. "
+                    f"See `mixer data verify {self.folder}`"
+                )
+
+    def read(self, sample_id: int, channels: int) -> RawSample:
+        shard = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
+        row_number = sample_id - int(self._starts[shard])
+        fd, rows = self._shard(shard)
+        row = rows[row_number]
+        where = f"{self.shards[shard].name} row {row_number}"
+        try:
+            data = os.pread(fd, int(row["size"]), int(row["offset"]))
+        except OSError as e:
+            raise BadSample(f"{where}: {e.strerror}") from e
+        crc = zlib.crc32(data)
+        if crc != int(row["crc32"]):
+            raise BadSample(f"{where}: crc32 is not the index' ({len(data):,} of {int(row['size']):,} bytes read)")
+        try:
+            pixels = decode_image(data, channels)
+        except Exception as e:
+            raise BadSample(f"{where}: {e}") from e
+        return RawSample(pixels, int(row["label"]), crc)
+
+    def _shard(self, shard: int) -> tuple[int, np.ndarray]:
+        if self._pid != os.getpid():  # a fork shares descriptors; closing ours must not be the parent's business
+            self._open.clear()
+            self._pid = os.getpid()
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        info = self.shards[shard]
+        path = self.folder / info.name
+        rows = load_index(self.folder / index_name(info.name))
+        if len(rows) != info.samples:
+            raise UserError(f"{path}: its index has {len(rows):,} rows, the manifest says {info.samples:,}; "
+                            "it belongs to another tar. Run `mixer data index`")
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except OSError as e:
+            raise UserError(f"{path}: {e.strerror}") from e
+        self._open[shard] = fd, rows
+        if len(self._open) > self._max_open:
+            os.close(self._open.popitem(last=False)[1][0])
+        return self._open[shard]
+
+
+class SyntheticSource:
+    """Images made from the sample id: a faint class pattern under noise, so that a loss can fall. No files."""
+
+    def __init__(self, split: str, *, image_size: int, num_classes: int, samples: int | None = None):
+        self.samples = samples or (10_000 if split == "train" else 1_000)
+        self.name = f"synthetic ({split}, {self.samples:,} samples)"
+        self.shard_sizes = [min(1_000, self.samples - i) for i in range(0, self.samples, 1_000)]
+        self.classes = None
+        self.num_classes = num_classes
+        self._size = image_size
+        self._split = split
+        self.digest = f"synthetic-{split}-{self.samples}-{image_size}-{num_classes}"
+
+    def read(self, sample_id: int, channels: int) -> RawSample:
+        label = int(key("label", self._split, sample_id) % np.uint64(self.num_classes))
+        shape = (self._size, self._size, channels)
+        noise = np.random.Philox(key=[int(key(self._split, "noise")), sample_id])
+        pattern = np.random.Philox(key=[int(key("pattern")), label])
+        count = -(-int(np.prod(shape)) // 8)
+
+        def pixels(bits: np.random.Philox) -> np.ndarray:
+            return bits.random_raw(count).view(np.uint8)[: int(np.prod(shape))].reshape(shape)
+
+        image = (pixels(noise) >> 1) + (pixels(pattern) >> 1)
+        return RawSample(image, label, zlib.crc32(image.tobytes()))

@@ -1,0 +1,133 @@
+"""What a run writes for people: metrics.jsonl, TensorBoard, Weights & Biases, and the lines on the terminal.
+
+Only rank 0 has one. Scalars are filed under the number of completed steps; after a resume TensorBoard is told to
+purge what lies beyond the resumed step (`purge_step`), so that curves go on without overlap.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_tools.errors import UserError
+from pipeline.run import RunFolder, append_line
+
+
+class MetricWriter:
+    """Scalars and pictures of one attempt, from `first_step` (completed steps at its start) on."""
+
+    def __init__(self, run: RunFolder, *, attempt: int, first_step: int, to: list[str], run_name: str,
+                 config: dict[str, Any]):
+        self._run, self._attempt = run, attempt
+        self._board = self._wandb = None
+        if "tensorboard" in to:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            purge = first_step + 1 if attempt else None
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=purge)
+        if "wandb" in to:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("logging.to names wandb, which is not installed: "
+                                "pip install 'mixer-pretraining[wandb]', or logging.to=[tensorboard]") from None
+            identity = run.path / "wandb_id"
+            if not identity.exists():
+                identity.write_text(wandb.util.generate_id())
+            self._wandb = wandb.init(project="mixer-pretraining", id=identity.read_text(), resume="allow",
+                                     name=run_name, dir=str(run.path), config=config)
+
+    def scalars(self, step: int, values: dict[str, float], split: str = "train") -> None:
+        """One line in metrics.jsonl; the same under `split/` elsewhere."""
+        append_line(self._run.metrics, {"step": step, "attempt": self._attempt, "split": split, **values})
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and self._board:
+                self._board.add_scalar(f"{split}/{name}", value, step)
+        if self._wandb:
+            self._wandb.log({f"{split}/{k}": v for k, v in values.items()}, step=step)
+
+    def image(self, step: int, name: str, pixels: Tensor) -> None:
+        """pixels: float [3, H, W] in [0, 1]."""
+        if self._board:
+            self._board.add_image(name, pixels, step)
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(pixels.permute(1, 2, 0).numpy())}, step=step)
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def image_grid(images: Tensor, columns: int = 8, pad: int = 2) -> Tensor:
+    """[N, C, H, W] in [0, 1] -> one picture [3, ., .]: rows of `columns` images with a margin."""
+    n, channels, height, width = images.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    grid = torch.ones(3, rows * (height + pad) + pad, columns * (width + pad) + pad)
+    for i, image in enumerate(images):
+        top, left = pad + i // columns * (height + pad), pad + i % columns * (width + pad)
+        grid[:, top : top + height, left : left + width] = image.expand(3, -1, -1) if channels == 1 else image
+    return grid
+
+
+def token_mixing_picture(weight: Tensor, rows: int, cols: int, units: int = 64) -> Tensor:
+    """First-layer token-mixing weights [D_S, S] as images of rows x cols tokens (paper, figure 5); [3, ., .]."""
+    shown = weight[:units].reshape(-1, 1, rows, cols).float()
+    scale = shown.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
+    grey = (shown / scale + 1) / 2
+    factor = max(1, 28 // max(rows, cols))  # tiny token grids would be specks
+    return image_grid(grey.repeat_interleave(factor, 2).repeat_interleave(factor, 3), columns=16)
+
+
+class Display:
+    """Progress on a terminal: a bar that stays in place. Elsewhere (log files, pipes): one plain line a log step."""
+
+    def __init__(self, total: int, start: int, quiet: bool = False):
+        self._quiet = quiet
+        self._progress = None
+        self._total = total
+        if not quiet and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                TextColumn("step"), BarColumn(bar_width=None), MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"), TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=True),
+            )
+            self._task = self._progress.add_task("train", total=total, completed=start, note="")
+            self._progress.start()
+
+    def say(self, text: str) -> None:
+        if self._quiet:
+            return
+        if self._progress:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def step(self, step: int, note: str | None = None, eta_s: float | None = None) -> None:
+        """`note` is given on log steps only."""
+        if self._progress:
+            if note is None:
+                self._progress.update(self._task, completed=step)
+            else:
+                self._progress.update(self._task, completed=step, note=note)
+        elif note is not None:
+            eta = "" if eta_s is None else f"  ETA {clock(eta_s)}"
+            self.say(f"step {step:>{len(str(self._total))}}/{self._total}  {note}{eta}")
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03."""
+    return time.strftime("%H:%M:%S" if seconds < 86400 else f"{int(seconds // 86400)}d %H:%M:%S", time.gmtime(seconds))

@@ -1,0 +1,257 @@
+"""The `TrainEngine`: what the trainer knows of data parallelism. One subclass a family, one registry line a strategy.
+
+An engine owns model and optimizer and hides who holds which part of them. Its state is visible as `Piece`s: flat
+1-D views on the local storage of every weight and optimizer moment, which checkpoints write and overwrite in
+place. A fresh start and a resume are the same procedure: warm up, then overwrite every piece.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_tools.errors import UserError
+from pipeline.data.augment import normalize
+from pipeline.data.loader import Batch
+from pipeline.parallel.world import World
+
+WEIGHT, BUFFER, EMA = "weight", "buffer", "ema"
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# strategy -> "module:class"; resolved late, so that ddp and fsdp start where DeepSpeed cannot be imported
+STRATEGIES = {
+    "ddp": "pipeline.parallel.replicated:ReplicatedEngine",
+    "fsdp": "pipeline.parallel.sharded:ShardedEngine",
+    "zero1": "pipeline.parallel.zero:ZeroEngine",
+    "zero2": "pipeline.parallel.zero:ZeroEngine",
+    "zero3": "pipeline.parallel.zero3:Zero3Engine",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [offset, offset + len(data)) of the flattened tensor (name, kind); `data` is a 1-D view, fp32."""
+
+    name: str
+    kind: str
+    offset: int
+    data: Tensor
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to train, as far as engines care. `micro_steps` micro-batches make one optimizer step."""
+
+    strategy: str
+    precision: str  # bf16 | fp32: of the computation; master weights, moments and gradient reduction are fp32
+    global_batch_size: int
+    micro_batch_size: int
+    micro_steps: int
+    betas: tuple[float, float]
+    eps: float
+    clip_grad_norm: float  # 0 = no clipping
+    compile: str = "none"
+    activation_checkpointing: str = "none"
+
+
+@dataclass
+class StepStats:
+    """Sums over the local slots of one step, still on the device: no synchronisation until somebody looks."""
+
+    loss: Tensor
+    weight: Tensor
+    correct: Tensor
+
+
+class TrainEngine(ABC):
+    """Data-parallel training of one model. Subclasses call `super().__init__` first, then wrap `self.model`.
+
+    Args:
+        model: built on the meta device (or any other); its values do not matter, they are loaded afterwards.
+        groups: parameter groups with `names` and `weight_decay`.
+        loss_fn: (logits [m, K] fp32, labels [m]) -> losses [m].
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: list[dict[str, Any]], loss_fn: Callable[[Tensor, Tensor], Tensor],
+        options: EngineOptions, world: World,
+    ):
+        self.options, self.world, self.loss_fn = options, world, loss_fn
+        self.groups = [(list(g["names"]), float(g["weight_decay"])) for g in groups]
+        self.names = [name for names, _ in self.groups for name in names]
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.buffer_shapes = {name: tuple(b.shape) for name, b in persistent_buffers(model)}
+        self.optimizer_step = 0  # updates so far: Adam's bias correction counts them
+        self.model = model
+
+    def _materialize(self) -> dict[str, nn.Parameter]:
+        """Gives the model memory on this rank's device, all zeros, and returns its parameters by name.
+
+        Zeros, not garbage: the warm-up must not meet a NaN, on which DeepSpeed would skip the step.
+        """
+        if any(p.is_meta for p in self.model.parameters()):
+            self.model.to_empty(device=self.world.device)
+        else:
+            self.model.to(self.world.device)
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.zero_()
+        return dict(self.model.named_parameters())
+
+    def _adamw(self, parameters: dict[str, Any]) -> torch.optim.AdamW:
+        groups = [{"params": [parameters[n] for n in names], "weight_decay": decay} for names, decay in self.groups]
+        return torch.optim.AdamW(groups, lr=0.0, betas=self.options.betas, eps=self.options.eps, fused=True)
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def train_step(self, batches: list[Batch], lr: float) -> tuple[StepStats, Tensor]:
+        """One optimizer step. Returns the local sums and the gradient's global norm before clipping."""
+        self.model.train()
+        stats = None
+        for i, batch in enumerate(batches):
+            part = self._forward_backward(batch, last=i == len(batches) - 1)
+            stats = part if stats is None else StepStats(
+                stats.loss + part.loss, stats.weight + part.weight, stats.correct + part.correct
+            )
+        assert stats is not None
+        norm = self._update(lr)
+        self.optimizer_step += 1
+        return stats, norm
+
+    def _forward_backward(self, batch: Batch, last: bool) -> StepStats:
+        images, labels, weights, keep = self._to_device(batch)
+        with self._autocast():
+            logits = self.model(images, keep)
+        losses = self.loss_fn(logits.float(), labels) * weights
+        # Every backend averages gradients over ranks; the loss is sum(weight * loss) / B, B the fixed global batch,
+        # so that padding, accumulation and the number of ranks do not change the function that is optimised.
+        self._backward(losses.sum() * (self.world.size / self.options.global_batch_size), last)
+        with torch.no_grad():
+            correct = ((logits.argmax(-1) == labels) * weights).sum()
+        return StepStats(losses.detach().sum(), weights.sum(), correct)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits fp32 [m, K] of an evaluation batch. Every rank must call it equally often."""
+        self.model.eval()
+        images, *_ = self._to_device(batch)
+        with self._autocast():
+            return self.model(images, None).float()
+
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        device = self.world.device
+        images = normalize(batch.images.to(device, non_blocking=True))
+        labels = batch.labels.to(device, non_blocking=True)
+        weights = batch.weights.to(device, non_blocking=True)
+        keep = batch.keep.to(device, non_blocking=True) if batch.keep.shape[1] else None
+        return images, labels, weights, keep
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.options.precision == "fp32":
+            return nullcontext()
+        # No cache of cast weights: each is used once a forward, and ZeRO-3 frees the originals meanwhile
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulates gradients; `last` marks the micro-batch after which they are reduced over ranks."""
+
+    @abstractmethod
+    def _update(self, lr: float) -> Tensor:
+        """Clips, updates, clears the gradients. Returns the norm before clipping."""
+
+    # -- state ------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """Every (name, kind) of the whole training state and its full shape, whoever holds it."""
+        full = {(n, k): self.shapes[n] for k in (WEIGHT, *ADAM_MOMENTS) for n in self.names}
+        return full | {(n, BUFFER): s for n, s in self.buffer_shapes.items()}
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """All pieces this rank holds; a replicated tensor appears whole on every rank."""
+
+    def owned(self) -> Iterator[Piece]:
+        """The pieces this rank answers for: over all ranks they cover every element exactly once."""
+        return self.pieces()
+
+    @abstractmethod
+    def finish_load(self, optimizer_step: int) -> None:
+        """Call after every piece's data was overwritten: refreshes what derives from it."""
+
+    def warm_up(self, batch: Batch) -> None:
+        """One throwaway step, the same at a fresh start and a resume; its effects are overwritten by loading.
+
+        It creates the optimizer's moments, lets DDP settle its buckets (they are rebuilt after the first step, and
+        another order of summation would show in the last bits after a resume) and fails early when out of memory.
+        """
+        self.train_step([batch] * self.options.micro_steps, lr=0.0)
+
+    # -- what is running --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def verify(self) -> str:
+        """Asserts that the strategy asked for is the one running and says so in a few words, from what it found."""
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    saved = model.state_dict(keep_vars=True)
+    return ((n, b) for n, b in model.named_buffers() if n in saved)
+
+
+def split_evenly(piece: Piece, part: int, parts: int) -> Piece:
+    """Part `part` of `parts` of a piece, by elements."""
+    n = piece.data.numel()
+    first, last = n * part // parts, n * (part + 1) // parts
+    return Piece(piece.name, piece.kind, piece.offset + first, piece.data[first:last])
+
+
+def row_offset(shape: tuple[int, ...], first_row: int) -> int:
+    """Flat offset of a tensor's row `first_row` (dim 0)."""
+    return first_row * prod(shape[1:])
+
+
+def make_engine(
+    model: nn.Module, groups: list[dict[str, Any]], loss_fn: Callable[[Tensor, Tensor], Tensor],
+    options: EngineOptions, world: World,
+) -> TrainEngine:
+    """The engine of `options.strategy`. Raises UserError where its library cannot be imported."""
+    prepare_blocks(model, options)
+    module, _, name = STRATEGIES[options.strategy].partition(":")
+    try:
+        engine_class = getattr(importlib.import_module(module), name)
+    except ImportError as e:
+        raise UserError(f"train.strategy={options.strategy} cannot start here ({e}); "
+                        "choose train.strategy=fsdp or ddp, which need no DeepSpeed") from e
+    return engine_class(model, groups, loss_fn, options, world)
+
+
+def prepare_blocks(model: nn.Module, options: EngineOptions) -> None:
+    """Activation checkpointing and compilation by block, inside whatever sharding comes around them."""
+    blocks = getattr(model, "blocks", [])
+    for block in blocks:
+        if options.activation_checkpointing == "block":
+            checkpoint_forward(block)
+        if options.compile == "block":
+            block.compile()
+    if options.compile == "model":
+        model.compile()
+
+
+def checkpoint_forward(block: nn.Module) -> None:
+    """Recomputes the block's activations in the backward pass. Replacing `forward` keeps parameter names."""
+    forward = block.forward
+
+    def recomputed(*args: Any) -> Any:
+        # A Mixer draws nothing at random inside (keep-masks are inputs); the default keeps dropout models right
+        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True)
+
+    block.forward = recomputed

@@ -1,0 +1,158 @@
+"""The run folder: what is written where, and how it is read back.
+
+    RUN/ config.yaml  command.txt  env.json  events.jsonl  STATUS.json  metrics.jsonl  tb/  logs/  eval/
+         ledger/rank-00000.jsonl    what reached the model: one line a step, this rank's digest
+         checkpoints/   FINISHED
+
+Logs are append-only; every line carries its attempt (one start of the training processes). After a crash the next
+attempt repeats the steps since the last checkpoint; `live_lines` leaves out the lines which that supersedes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from data_tools.errors import UserError
+
+_PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "omegaconf", "tensorboard", "safetensors", "numpy",
+             "simplejpeg", "pillow", "mixer-pretraining")
+
+
+class RunFolder:
+    """Paths and small files of one run. Only rank 0 writes, except for the ledger and the logs."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.events = self.path / "events.jsonl"
+        self.metrics = self.path / "metrics.jsonl"
+        self.status = self.path / "STATUS.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.finished = self.path / "FINISHED"
+        self.tensorboard = self.path / "tb"
+        self._lock: TextIO | None = None
+
+    def lock(self) -> None:
+        """Held until the process ends, however it ends. Raises UserError while another training holds it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held on purpose
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise UserError(f"{self.path}: another training writes into this run folder ({self._lock.read().strip()}); "
+                            "stop it first, or choose another run.dir") from None
+        self._lock.truncate(0)
+        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+    def next_attempt(self) -> int:
+        return sum(1 for e in read_lines(self.events) if e["event"] in ("start", "resume"))
+
+    def record(self, event: str, **details: Any) -> None:
+        """Appends to events.jsonl: start, resume, save, signal, eval, damaged, config, finish."""
+        append_line(self.events, {"time": time.time(), "event": event, **details})
+
+    def write_status(self, **status: Any) -> None:
+        """Replaces STATUS.json atomically: a reader never sees half of it."""
+        replace_file(self.status, json.dumps({"time": time.time(), **status}, indent=1) + "\n")
+
+    def read_status(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.status.read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def describe(self, config_yaml: str) -> None:
+        """Writes down what is run: configuration, command line, versions."""
+        replace_file(self.config, config_yaml)
+        with open(self.path / "command.txt", "a") as f:
+            f.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')}  {shlex.join(sys.argv)}\n")
+        replace_file(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
+
+    def ledger(self, rank: int) -> Path:
+        return self.path / "ledger" / f"rank-{rank:05d}.jsonl"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and host, for the record."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), "host": socket.gethostname(), "platform": platform.platform(),
+            "packages": versions}
+
+
+def replace_file(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """One JSON object a line, in one write: a crash can cut only the last line, which readers then leave out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a .jsonl file; a line that a crash cut short is left out."""
+    if not path.exists():
+        return
+    with open(path) as f:
+        for line in f:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def live_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines (with `step` and `attempt`) that no later attempt repeated, in order of steps."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        known = by_step.get(line["step"])
+        if known is None or line["attempt"] >= known["attempt"]:
+            by_step[line["step"]] = line
+    return [by_step[s] for s in sorted(by_step)]
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The training metrics of a run, one dict a logged step, without superseded ones."""
+    return live_lines(line for line in read_lines(RunFolder(run).metrics) if line.get("split", "train") == "train")
+
+
+def read_digests(run: str | Path) -> dict[int, tuple[int, int, str]]:
+    """step -> (epoch, position, digest of all samples of the step, hex), from the ledgers of all ranks.
+
+    Ranks' digests add up modulo 2**64; so runs on other numbers of ranks compare equal.
+    """
+    lines: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for path in sorted((RunFolder(run).path / "ledger").glob("rank-*.jsonl")):
+        for line in read_lines(path):
+            lines.setdefault((line["step"], line["attempt"]), []).append(line)
+    newest: dict[int, int] = {}
+    for step, attempt in lines:
+        newest[step] = max(newest.get(step, -1), attempt)
+    digests = {}
+    for step, attempt in sorted(newest.items()):
+        rows = lines[step, attempt]
+        total = sum(int(r["digest"], 16) for r in rows) % 2**64
+        digests[step] = rows[0]["epoch"], rows[0]["position"], f"{total:016x}"
+    return digests

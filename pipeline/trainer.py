@@ -1,0 +1,356 @@
+"""The training loop. It knows a `TrainEngine` and never asks which; `pipeline.build` puts the parts together.
+
+One step: micro-batches from the loader -> engine -> ledger -> now and then metrics, evaluation, checkpoint. What
+the ranks must decide together (save now, stop now, too many bad samples) is agreed upon in `_agree`, by one small
+all-reduce.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from data_tools.errors import UserError
+from pipeline.build import Parts
+from pipeline.checkpoint.layout import CheckpointError, CheckpointReader
+from pipeline.checkpoint.manager import best_step, step_folder
+from pipeline.data.loader import Batch, eval_batches, step_digest, train_batches
+from pipeline.evaluate import EvalResult, evaluate
+from pipeline.metrics import Display, MetricWriter, clock, image_grid, token_mixing_picture
+from pipeline.optim import lr_scale
+from pipeline.parallel.engine import StepStats
+from pipeline.run import append_line
+
+Outcome = Literal["finished", "stopped"]
+
+
+class StopFlag:
+    """Remembers that a signal asked for an end. The handler does nothing else: a save happens between two steps."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def install(self) -> None:
+        for number in self.SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        self.name = signal.Signals(number).name
+
+
+@dataclass
+class Clock:
+    """Wall time of the steps since the last log line, and the parts of it that were not computation."""
+
+    since: float
+    steps: int = 0
+    data_wait: float = 0.0
+    stall: float = 0.0  # saving
+
+    @staticmethod
+    def now() -> Clock:
+        return Clock(time.perf_counter())
+
+
+class Trainer:
+    """Trains one run from wherever it stands to its end. Collective: every rank runs the same."""
+
+    def __init__(self, parts: Parts, *, quiet: bool = False):
+        self.parts, self.config, self.world = parts, parts.config, parts.world
+        self.engine, self.run, self.schedule = parts.engine, parts.run, parts.schedule
+        self.step = self.samples = 0  # completed so far
+        self.metrics: dict[str, float] = {}  # of the last evaluation, valid at `self.evaluated_at`
+        self.evaluated_at = self.saved_at = -1
+        self.bad_samples = 0
+        self.flag = StopFlag()
+        self._last_save = time.monotonic()
+        self._quiet = quiet or not self.world.is_main
+        self._writer: MetricWriter | None = None
+
+    # -- the loop ---------------------------------------------------------------------------------------------
+
+    def train(self, stop_at: int | None = None) -> Outcome:
+        """Until the end of the schedule, a signal, or `stop_at` completed steps. The state is saved in any case.
+
+        Raises:
+            UserError: more bad samples than `data.max_bad_fraction` allows; the run is saved first.
+        """
+        self.flag.install()
+        self._start()
+        for batches in self._timed(self._batches()):
+            self._show_batch(batches[0])
+            stats, norm = self.engine.train_step(batches, self.learning_rate())
+            self._complete_step(batches)
+            if self._due(self.schedule.log_every):
+                self._log(stats, norm)
+            else:
+                self._display.step(self.step)
+            finished = self.step >= min(self.schedule.total_steps, stop_at or self.schedule.total_steps)
+            if finished or (self.schedule.eval_every and self._due(self.schedule.eval_every)):
+                self._evaluate()
+            save, stop = self._agree()
+            if save or stop or finished or self._is_best():
+                self._save()
+            if finished or stop:
+                break
+        return self._end()
+
+    def learning_rate(self) -> float:
+        c = self.config.scheduler
+        return self.config.optimizer.lr * lr_scale(
+            self.step, total_steps=self.schedule.total_steps, warmup_steps=self.schedule.warmup_steps,
+            name=c.name, end_factor=c.end_factor,
+        )
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        order = self.parts.order
+        if self.step >= self.schedule.total_steps:
+            return iter(())
+        return train_batches(
+            self.parts.train_samples, order, self.parts.share, num_workers=self.config.data.num_workers,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def _timed(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """Adds the wait for data to the clock."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self._clock.data_wait += time.perf_counter() - started
+            yield batch
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.schedule.total_steps
+
+    def _complete_step(self, batches: list[Batch]) -> None:
+        """Books the step: ledger, order, average, counts."""
+        order, share = self.parts.order, self.parts.share
+        errors = [e for b in batches for e in b.errors]
+        digest = step_digest(order.state.position, share, batches)
+        append_line(self.run.ledger(self.world.rank), {
+            "step": self.step + 1, "attempt": self.attempt, "epoch": order.state.epoch,
+            "position": order.state.position, "slots": [share.first, share.last], "digest": f"{digest:016x}",
+            **({"masked": errors} if errors else {}),
+        })
+        if errors:
+            self.bad_samples += len(errors)
+            print(f"rank {self.world.rank}: bad sample, counted with weight 0: {errors[0]}", flush=True)
+        order.state = order.next_state(order.state)
+        self.parts.average.update()
+        self.step += 1
+        self.samples += self.config.train.global_batch_size
+        self._clock.steps += 1
+
+    def _agree(self) -> tuple[bool, bool]:
+        """(save now, stop now), the same on all ranks; looked at every few steps only, where steps are short."""
+        if self.step % self.schedule.agree_every and self.step < self.schedule.total_steps:
+            return False, False
+        every = self.schedule.save_every
+        if isinstance(every, int):
+            due = self._due(every)
+        else:  # a clock: rank 0's counts
+            due = self.world.is_main and time.monotonic() - self._last_save >= every
+        save, stop, bad = self.world.sum([due, self.flag.name is not None, self.bad_samples])
+        seen = max(self.samples, self.parts.order.num_samples)
+        if bad > self.config.data.max_bad_fraction * seen:
+            self._save()
+            raise UserError(
+                f"{int(bad)} samples could not be read, more than data.max_bad_fraction="
+                f"{self.config.data.max_bad_fraction:g} of {seen:,}; see `masked` in {self.run.path}/ledger, check the "
+                "set with `mixer data verify`, or raise the limit and `mixer resume`"
+            )
+        return save > 0, stop > 0
+
+    # -- start and end ----------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Fresh start or resume: the same procedure, only the source of the state differs."""
+        parts, world = self.parts, self.world
+        started = time.perf_counter()
+        self.engine.warm_up(parts.blank_batch())
+        reader = parts.checkpoints.newest_good(warn=self._warn_damage)
+        state = parts.load(reader)
+        self.step, self.samples = state.get("step", 0), state.get("samples", 0)
+        self.schedule = parts.schedule
+        self.saved_at = self.step if reader else -1
+        running = self.engine.verify()
+        self.attempt = world.broadcast(self.run.next_attempt() if world.is_main else None)
+        parts.checkpoints.clean()
+        self._display = Display(self.schedule.total_steps, self.step, self._quiet)
+        facts = {"attempt": self.attempt, "step": self.step, "world_size": world.size,
+                 "strategy": self.config.train.strategy, "running": running, "device": str(world.device)}
+        if world.is_main:
+            previous = state.get("written_by", {})
+            event = "resume" if reader else "start"
+            self.run.record(event, **facts, previous=previous, seconds=round(time.perf_counter() - started, 3))
+            self._writer = MetricWriter(
+                self.run, attempt=self.attempt, first_step=self.step, to=self.config.logging.to,
+                run_name=self.config.run.name, config=asdict(self.config),
+            )
+            self._display.say(parts.summary(running, self.step, previous if reader else None))
+            self._write_status("training")
+        self._clock = Clock.now()
+        self._last_save = time.monotonic()
+        self._show_next_batch = True
+
+    def _end(self) -> Outcome:
+        finished = self.step >= self.schedule.total_steps
+        outcome: Outcome = "finished" if finished else "stopped"
+        if self.world.is_main:
+            name = self.flag.name
+            if finished:
+                self.run.finished.write_text(f"step {self.step}\n")
+                self.run.record("finish", attempt=self.attempt, step=self.step, metrics=self.metrics)
+            elif name:
+                self.run.record("signal", attempt=self.attempt, step=self.step, name=name)
+            self._write_status("finished" if finished else "saved")
+            self._display.close()
+            if name and not finished:
+                self._display.say(f"saved at step {self.step} after {name}; go on with `mixer resume {self.run.path}`")
+            elif not finished:
+                self._display.say(f"saved at step {self.step}")
+            elif self.metrics:
+                self._display.say(f"finished: {self.step} steps, top-1 {self.metrics['top1']:.2%}, "
+                                  f"top-5 {self.metrics['top5']:.2%} of {self.metrics['samples']:.0f} val samples")
+            else:
+                self._display.say(f"finished: {self.step} steps; evaluate with `mixer eval {self.run.path}`")
+            if self._writer:
+                self._writer.close()
+        self.world.barrier()
+        return outcome
+
+    # -- now and then -----------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Saves this step, once. A failed save warns and training goes on: the last good checkpoint stays."""
+        if self.saved_at == self.step:
+            return
+        metrics = self.metrics if self.evaluated_at == self.step else {}
+        written_by = {"world_size": self.world.size, "strategy": self.config.train.strategy}
+        tensors = self.engine.tensors() | self.parts.average.tensors()
+        started = time.perf_counter()
+        try:
+            seconds = self.parts.checkpoints.save(
+                self.step, tensors, [*self.engine.owned(), *self.parts.average.pieces()], self.state(),
+                metrics=metrics, written_by={**written_by, "attempt": self.attempt},
+            )
+        except CheckpointError as e:
+            if self.world.is_main:
+                self.run.record("save_failed", attempt=self.attempt, step=self.step, why=str(e))
+                self._display.say(f"warning: checkpoint at step {self.step} failed, the previous one stays: {e}")
+        else:
+            self.saved_at = self.step
+            if self.world.is_main:
+                self.run.record("save", attempt=self.attempt, step=self.step, seconds=round(seconds, 3), **written_by)
+                self._show_weights()
+        self._last_save = time.monotonic()
+        self._clock.stall += time.perf_counter() - started
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors."""
+        return {
+            "step": self.step, "samples": self.samples, "optimizer_step": self.engine.optimizer_step, "order": self.parts.order.state.to_dict(),
+            "global_batch_size": self.config.train.global_batch_size,
+            "written_by": {"world_size": self.world.size, "strategy": self.config.train.strategy},
+        }
+
+    def _evaluate(self) -> None:
+        if self.parts.val_samples is None or self.evaluated_at == self.step:
+            return
+        started = time.perf_counter()
+        batches = eval_batches(
+            self.parts.val_samples, rank=self.world.rank, world_size=self.world.size,
+            batch_size=self.config.eval.batch_size or self.parts.share.micro_batch_size,
+            num_workers=self.config.data.num_workers,
+        )
+        result: EvalResult = evaluate(self.engine.predict, batches, self.parts.loss_fn, self.world)
+        self.metrics, self.evaluated_at = result.to_dict(), self.step
+        if self.world.is_main and self._writer:
+            self._writer.scalars(self.step, result.to_dict(), split="val")
+            self.run.record("eval", attempt=self.attempt, step=self.step, **result.to_dict())
+            self._display.say(f"step {self.step}: val top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
+                              f"loss {result.loss:.4f} on {result.samples:,} samples")
+        # not computation of the loop: leave it out of img/s
+        self._clock.since += time.perf_counter() - started
+
+    def _is_best(self) -> bool:
+        """True right after an evaluation that beat every saved checkpoint's: such a step is worth keeping."""
+        if self.evaluated_at != self.step:
+            return False
+        mine = self.metrics["top1"]
+
+        def saved_best() -> float:
+            step = best_step(self.run.checkpoints)
+            return CheckpointReader(step_folder(self.run.checkpoints, step)).manifest.metrics["top1"] if step else -1.0
+
+        return self.world.broadcast(mine > saved_best() if self.world.is_main else None)
+
+    def _log(self, stats: StepStats, norm: Tensor) -> None:
+        """The loss is this step's, not an average: so that it is the same after a resume in between."""
+        loss, weight, correct, wait = self.world.sum(
+            [stats.loss.item(), stats.weight.item(), stats.correct.item(), self._clock.data_wait]
+        )
+        lr = self.config.optimizer.lr * lr_scale(
+            self.step - 1, total_steps=self.schedule.total_steps, warmup_steps=self.schedule.warmup_steps,
+            name=self.config.scheduler.name, end_factor=self.config.scheduler.end_factor,
+        )
+        elapsed = time.perf_counter() - self._clock.since
+        images = self._clock.steps * self.config.train.global_batch_size
+        rate = images / elapsed
+        values = {
+            "loss": loss / max(weight, 1.0), "accuracy": correct / max(weight, 1.0), "lr": lr,
+            "grad_norm": float(norm), "img_per_s": rate, "img_per_s_per_device": rate / self.world.size,
+            "data_wait": wait / self.world.size / elapsed, "checkpoint_stall": self._clock.stall,
+            "epoch": self.samples / self.parts.order.num_samples,
+        }
+        if self.parts.peak_flops:
+            values["mfu"] = rate / self.world.size * self.parts.train_flops / self.parts.peak_flops
+        if self.world.is_main and self._writer:
+            self._writer.scalars(self.step, values)
+            remaining = (self.schedule.total_steps - self.step) * elapsed / max(self._clock.steps, 1)
+            self._write_status("training", eta_s=round(remaining), **values)
+            self._display.step(self.step, self._note(values), remaining)
+        self._clock = Clock.now()
+
+    def _note(self, v: dict[str, float]) -> str:
+        saved = "none" if self.saved_at < 0 else f"{self.saved_at}"
+        mfu = f"  MFU {v['mfu']:.1%}" if "mfu" in v else ""
+        return (f"loss {v['loss']:.4f}  lr {v['lr']:.2e}  {v['img_per_s']:,.0f} img/s{mfu}  "
+                f"data-wait {v['data_wait']:.0%}  checkpoint {saved}")
+
+    def _write_status(self, state: str, **values: Any) -> None:
+        self.run.write_status(
+            state=state, step=self.step, total_steps=self.schedule.total_steps, attempt=self.attempt,
+            world_size=self.world.size, strategy=self.config.train.strategy,
+            last_checkpoint=self.saved_at if self.saved_at >= 0 else None, metrics=self.metrics, **values,
+        )
+
+    def _show_batch(self, batch: Batch) -> None:
+        """The first augmented batch of an attempt, as a picture."""
+        if self._show_next_batch and self._writer:
+            self._writer.image(self.step, "train/batch", image_grid(batch.images[:32].float() / 255))
+        self._show_next_batch = False
+
+    def _show_weights(self) -> None:
+        """First token-mixing weights as pictures, read from the checkpoint just written: no rank has to gather."""
+        size, patch = self.config.model.image_size, self.parts.patch_size
+        name = "blocks.0.mlp_tokens.fc1.weight"
+        if self._writer and patch and (name, "weight") in self.engine.tensors():
+            weight = CheckpointReader(step_folder(self.run.checkpoints, self.step)).tensor(name)
+            self._writer.image(self.step, "weights/token_mixing_0",
+                               token_mixing_picture(weight, size // patch, size // patch))
+
+    def _warn_damage(self, text: str) -> None:
+        self.run.record("damaged", why=text)
+        print(f"warning: {text}", flush=True)

@@ -1,0 +1,95 @@
+"""What counts as a good image: by content, with a limit by header before anything is decoded."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.images import BadImage, check_image
+
+LIMIT = 10**6
+
+
+def encoded(form: str, mode: str = "RGB", size: tuple[int, int] = (40, 30), **kw) -> bytes:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, form, **kw)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(
+    ("form", "mode", "suffix", "kw"),
+    [
+        ("JPEG", "RGB", "jpg", {}),
+        ("JPEG", "L", "jpg", {}),
+        ("JPEG", "CMYK", "jpg", {}),
+        ("JPEG", "RGB", "jpg", {"progressive": True}),
+        ("PNG", "RGBA", "png", {}),
+        ("PNG", "I;16", "png", {}),
+        ("WEBP", "RGB", "webp", {}),
+        ("GIF", "P", "gif", {}),
+        ("BMP", "RGB", "bmp", {}),
+        ("TIFF", "RGB", "tif", {}),
+    ],
+)
+def test_good_images(form, mode, suffix, kw, decode):
+    if mode == "I;16":
+        buffer = io.BytesIO()
+        Image.fromarray(np.zeros((30, 40), np.uint16)).save(buffer, form)
+        data = buffer.getvalue()
+    else:
+        data = encoded(form, mode, **kw)
+    assert check_image(data, LIMIT, decode) == (suffix, 40, 30)
+
+
+def test_smallest_and_widest():
+    assert check_image(encoded("JPEG", size=(1, 1)), LIMIT) == ("jpg", 1, 1)
+    assert check_image(encoded("JPEG", size=(20_000, 2)), LIMIT) == ("jpg", 20_000, 2)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_truncated(form):
+    data = encoded(form, "P" if form == "GIF" else "RGB", size=(200, 200))
+    with pytest.raises(BadImage, match="damaged"):
+        check_image(data[: len(data) // 2], LIMIT)
+
+
+@pytest.mark.parametrize("at", [0.3, 0.6, 0.9])
+def test_jpeg_damaged_in_the_middle(at):
+    data = bytearray(encoded("JPEG", size=(200, 200)))
+    data[int(len(data) * at) : int(len(data) * at) + 4] = b"\xff\xd9\xff\xd9"
+    with pytest.raises(BadImage, match="damaged"):
+        check_image(bytes(data), LIMIT)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\0" * 100, b"hello", b"<svg/>", b"%!PS-Adobe-3.0 EPSF", b"\xff\xd8\xff"]
+)
+@pytest.mark.parametrize("decode", [True, False])
+def test_no_image_at_all(data, decode):
+    with pytest.raises(BadImage):
+        check_image(data, LIMIT, decode)
+
+
+def png_that_says(width: int, height: int) -> bytes:
+    png = bytearray(encoded("PNG"))
+    png[16:24] = struct.pack(">II", width, height)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    return bytes(png)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_decompression_bombs_are_refused_by_their_header(decode):
+    for side, message in [(1_001, "more than the limit of 1000000"), (60_000, "decompression bomb")]:
+        with pytest.raises(BadImage, match=message):
+            check_image(png_that_says(side, side), LIMIT, decode)
+    jpeg = bytearray(encoded("JPEG"))
+    at = jpeg.index(b"\xff\xc0") + 5
+    jpeg[at : at + 4] = struct.pack(">HH", 65_000, 65_000)
+    with pytest.raises(BadImage, match="65000 x 65000 pixels"):
+        check_image(bytes(jpeg), LIMIT, decode)
