@@ -17,7 +17,10 @@ from data_tools.cli import data_app, shard
 from data_tools.errors import UserError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     help="Pretrain MLP-Mixer and its relatives: shard a corpus, train on it, resume whatever happened.",
     epilog="`mixer COMMAND --help` shows examples. `--debug` anywhere shows tracebacks.",
 )
@@ -70,7 +73,9 @@ def train(
         command = ["train", config, *(overrides or [])]
         command += ["--allow", allow] if allow else []
         command += ["--smoke"] if smoke else []
-        launcher = LocalLauncher(command, loaded.config.run.dir, processes or _gpus(), loaded.config.launch.max_restarts)
+        launcher = LocalLauncher(
+            command, loaded.config.run.dir, processes or _gpus(), loaded.config.launch.max_restarts
+        )
         raise typer.Exit(launcher.launch())
     from pipeline.cli import run_smoke, run_training
 

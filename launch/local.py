@@ -74,11 +74,16 @@ class LocalLauncher:
             after = committed_steps(self.run.checkpoints)
             fruitless = 0 if after[-1:] != before[-1:] else fruitless + 1
             if fruitless > self.max_restarts:
-                raise UserError(f"the training processes died {fruitless} times without a new checkpoint in between; "
-                                f"see {self.run.path / 'logs'}, then `mixer resume {self.run.path}`")
+                raise UserError(
+                    f"the training processes died {fruitless} times without a new checkpoint in between; "
+                    f"see {self.run.path / 'logs'}, then `mixer resume {self.run.path}`"
+                )
             where = f"step {after[-1]}" if after else "the beginning"
-            print(f"a training process died; restarting from {where} "
-                  f"({fruitless} of launch.max_restarts={self.max_restarts} without progress)", flush=True)
+            print(
+                f"a training process died; restarting from {where} "
+                f"({fruitless} of launch.max_restarts={self.max_restarts} without progress)",
+                flush=True,
+            )
 
     def _start_once(self) -> tuple[list[int], int]:
         with tempfile.TemporaryDirectory(prefix="mixer-") as scratch:
@@ -86,7 +91,8 @@ class LocalLauncher:
             environment = {**os.environ, OUTCOME_FILE: str(outcome)}
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.nproc)))
             self._agent = subprocess.Popen(
-                [*torchrun(self.nproc), "-m", "launch.cli", *self.command], env=environment,
+                [*torchrun(self.nproc), "-m", "launch.cli", *self.command],
+                env=environment,
                 preexec_fn=die_with_parent,
             )
             code = self._agent.wait()
@@ -102,6 +108,12 @@ class LocalLauncher:
 def torchrun(nproc: int) -> list[str]:
     """The torchrun command for one machine: private rendezvous, no restarts of its own, signals passed on."""
     return [
-        sys.executable, "-m", "launch.agent", "--standalone", f"--nproc-per-node={nproc}", "--max-restarts=0",
-        f"--signals-to-handle={_AGENT_SIGNALS}", f"--shutdown-timeout={_SAVE_SECONDS}",
+        sys.executable,
+        "-m",
+        "launch.agent",
+        "--standalone",
+        f"--nproc-per-node={nproc}",
+        "--max-restarts=0",
+        f"--signals-to-handle={_AGENT_SIGNALS}",
+        f"--shutdown-timeout={_SAVE_SECONDS}",
     ]

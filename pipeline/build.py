@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.data.augment import EvalTransform, TrainTransform
 from pipeline.data.loader import PADDING, Batch, Share, TrainSamples
 from pipeline.data.order import SampleOrder
-from pipeline.data.source import SampleSource, open_source
+from pipeline.data.source import EVAL_SPLITS, SampleSource, open_source
 from pipeline.duration import Duration
 from pipeline.ema import WeightAverage
 from pipeline.losses import Loss, make_loss
@@ -56,7 +56,9 @@ class Schedule:
             total = step + max(0, -(-(total * batch - samples) // batch))
         every = Duration.parse(config.checkpoint.every)
         return Schedule(
-            total, Duration.parse(config.scheduler.warmup).to_steps(batch, epoch_size), steps(config.logging.every),
+            total,
+            Duration.parse(config.scheduler.warmup).to_steps(batch, epoch_size),
+            steps(config.logging.every),
             steps(config.eval.every) if config.eval.every else None,
             every.seconds() if every.is_time else steps(config.checkpoint.every),
             # Agreeing costs a round trip: nothing beside a CPU's step, something beside a GPU's
@@ -90,9 +92,13 @@ class Parts:
         m, size, c = self.share.micro_batch_size, self.config.model.image_size, self.config.model.in_chans
         rates = self.train_samples.drop_rates
         return Batch(
-            torch.zeros(m, c, size, size, dtype=torch.uint8), torch.zeros(m, dtype=torch.int64), torch.zeros(m),
-            torch.ones(m, 0 if rates is None else len(rates)), torch.full((m,), PADDING),
-            torch.zeros(m, dtype=torch.int64), [],
+            torch.zeros(m, c, size, size, dtype=torch.uint8),
+            torch.zeros(m, dtype=torch.int64),
+            torch.zeros(m),
+            torch.ones(m, 0 if rates is None else len(rates)),
+            torch.full((m,), PADDING),
+            torch.zeros(m, dtype=torch.int64),
+            [],
         )
 
     def load(self, reader: CheckpointReader | None) -> dict[str, Any]:
@@ -123,8 +129,9 @@ class Parts:
             self.order = SampleOrder.resume(
                 stored, source.shard_sizes, manifest_sha=source.digest, global_batch_size=batch
             )
-        self.schedule = Schedule.of(self.config, self.order.num_samples, state["step"], state["samples"],
-                                    self.world.device.type == "cpu")
+        self.schedule = Schedule.of(
+            self.config, self.order.num_samples, state["step"], state["samples"], self.world.device.type == "cpu"
+        )
         return state
 
     def _check_model(self, reader: CheckpointReader) -> None:
@@ -132,8 +139,10 @@ class Parts:
         for (name, kind), shape in mine.items():
             if stored.get((name, kind)) != shape:
                 there = list(stored[name, kind]) if (name, kind) in stored else "nothing"
-                raise UserError(f"{reader.folder} is of another model: {kind} of {name} is {list(shape)} here and "
-                                f"{there} there. Take the run's own configuration ({self.run.config})")
+                raise UserError(
+                    f"{reader.folder} is of another model: {kind} of {name} is {list(shape)} here and "
+                    f"{there} there. Take the run's own configuration ({self.run.config})"
+                )
 
     def summary(self, running: str, step: int, previous: dict[str, Any] | None) -> str:
         """The first block of a training's output: what is run, on what, and from where it goes on."""
@@ -142,19 +151,29 @@ class Parts:
         device = f"{world.size} x {torch.cuda.get_device_name() if world.device.type == 'cuda' else 'CPU process'}"
         start = "a fresh start"
         if previous is not None:
-            start = (f"RESUMED from step {step}, written by {previous.get('strategy')} on "
-                     f"{previous.get('world_size')} ranks; now {c.train.strategy} on {world.size}")
+            start = (
+                f"RESUMED from step {step}, written by {previous.get('strategy')} on "
+                f"{previous.get('world_size')} ranks; now {c.train.strategy} on {world.size}"
+            )
         val = f"; val: {sum(self.val_samples.source.shard_sizes):,} samples" if self.val_samples else "; no val split"
         rows = [
-            ("model", f"{c.model.name}, {count / 1e6:.2f}M parameters, {c.model.image_size} px, "
-                      f"{self.train_samples.num_classes} classes, {c.train.precision}"),
+            (
+                "model",
+                f"{c.model.name}, {count / 1e6:.2f}M parameters, {c.model.image_size} px, "
+                f"{self.train_samples.num_classes} classes, {c.train.precision}",
+            ),
             ("strategy", running),
             ("devices", device),
-            ("batch", f"{c.train.global_batch_size} = {share.micro_batch_size} x {world.size} ranks x "
-                      f"{share.micro_steps} accumulated" + _padding(share, world.size, c.train.global_batch_size)),
+            (
+                "batch",
+                f"{c.train.global_batch_size} = {share.micro_batch_size} x {world.size} ranks x "
+                f"{share.micro_steps} accumulated" + _padding(share, world.size, c.train.global_batch_size),
+            ),
             ("data", f"{self.train_samples.source.name}, {self.order.num_samples:,} samples{val}"),
-            ("length", f"{self.schedule.total_steps:,} steps ({c.train.duration}), "
-                       f"{self.order.steps_per_epoch:,} an epoch"),
+            (
+                "length",
+                f"{self.schedule.total_steps:,} steps ({c.train.duration}), {self.order.steps_per_epoch:,} an epoch",
+            ),
             ("run", f"{self.run.path}: {start}"),
         ]
         return "\n".join(f"{name:>9}  {text}" for name, text in rows)
@@ -174,11 +193,18 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
     val_source = open_val(config, source)
     batch = c.train.global_batch_size
     if world.size > batch:
-        raise UserError(f"{world.size} ranks, but train.global_batch_size={batch}: start at most {batch} processes, or "
-                        "raise the batch")
+        raise UserError(
+            f"{world.size} ranks, but train.global_batch_size={batch}: start at most {batch} processes, or "
+            "raise the batch"
+        )
     order = SampleOrder(
-        source.shard_sizes, manifest_sha=source.digest, seed=c.run.seed, global_batch_size=batch,
-        lanes=c.data.lanes, chunk=c.data.chunk, window=c.data.window,
+        source.shard_sizes,
+        manifest_sha=source.digest,
+        seed=c.run.seed,
+        global_batch_size=batch,
+        lanes=c.data.lanes,
+        chunk=c.data.chunk,
+        window=c.data.window,
     )
     micro = c.train.micro_batch_size
     share = Share.of(world.rank, world.size, batch, None if isinstance(micro, str) else micro)
@@ -188,25 +214,50 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
     model = create_model(c.model.name, classes, c.model.image_size, device="meta", **overrides)
     train_samples = TrainSamples(
         source,
-        TrainTransform(c.model.image_size, c.run.seed, c.augment.crop, (c.augment.scale[0], c.augment.scale[1]),
-                       (c.augment.ratio[0], c.augment.ratio[1]), c.augment.hflip),
-        channels=c.model.in_chans, num_classes=classes, drop_rates=model.drop_rates(), seed=c.run.seed,
+        TrainTransform(
+            c.model.image_size,
+            c.run.seed,
+            c.augment.crop,
+            (c.augment.scale[0], c.augment.scale[1]),
+            (c.augment.ratio[0], c.augment.ratio[1]),
+            c.augment.hflip,
+        ),
+        channels=c.model.in_chans,
+        num_classes=classes,
+        drop_rates=model.drop_rates(),
+        seed=c.run.seed,
     )
     loss_fn = make_loss(c.loss.name, c.loss.label_smoothing)
     options = EngineOptions(
-        c.train.strategy, c.train.precision, batch, share.micro_batch_size, share.micro_steps,
-        (c.optimizer.betas[0], c.optimizer.betas[1]), c.optimizer.eps, c.optimizer.clip_grad_norm or 0.0,
-        c.train.compile, c.train.activation_checkpointing,
+        c.train.strategy,
+        c.train.precision,
+        batch,
+        share.micro_batch_size,
+        share.micro_steps,
+        (c.optimizer.betas[0], c.optimizer.betas[1]),
+        c.optimizer.eps,
+        c.optimizer.clip_grad_norm or 0.0,
+        c.train.compile,
+        c.train.activation_checkpointing,
     )
     engine = make_engine(model, param_groups(model, c.optimizer.weight_decay), loss_fn, options, world)
     keep_every = c.checkpoint.keep_every
     steps = Duration.parse(keep_every).to_steps(batch, order.num_samples) if keep_every else None
     on_cpu = world.device.type == "cpu"
     return Parts(
-        config, world, run, engine, WeightAverage(engine, c.train.ema_decay), order, share,
-        Schedule.of(config, order.num_samples, on_cpu=on_cpu), train_samples,
-        None if val_source is None else eval_samples(config, val_source, classes), loss_fn,
-        CheckpointManager(run.checkpoints, world, Retention(c.checkpoint.keep_last, steps)), allow or set(),
+        config,
+        world,
+        run,
+        engine,
+        WeightAverage(engine, c.train.ema_decay),
+        order,
+        share,
+        Schedule.of(config, order.num_samples, on_cpu=on_cpu),
+        train_samples,
+        None if val_source is None else eval_samples(config, val_source, classes),
+        loss_fn,
+        CheckpointManager(run.checkpoints, world, Retention(c.checkpoint.keep_last, steps)),
+        allow or set(),
         cost.training_flops,
         None if on_cpu else peak_flops(torch.cuda.get_device_name(), c.train.precision),
         patch_size(config),
@@ -223,9 +274,15 @@ def patch_size(config: Config) -> int | None:
 
 def model_overrides(config: Config) -> dict[str, Any]:
     m = config.model
-    return {"patch_size": m.patch_size, "in_chans": m.in_chans, "hidden_dim": m.hidden_dim,
-            "num_blocks": m.num_blocks, "tokens_mlp_dim": m.tokens_mlp_dim,
-            "channels_mlp_dim": m.channels_mlp_dim, "drop_path_rate": m.drop_path_rate}
+    return {
+        "patch_size": m.patch_size,
+        "in_chans": m.in_chans,
+        "hidden_dim": m.hidden_dim,
+        "num_blocks": m.num_blocks,
+        "tokens_mlp_dim": m.tokens_mlp_dim,
+        "channels_mlp_dim": m.channels_mlp_dim,
+        "drop_path_rate": m.drop_path_rate,
+    }
 
 
 def num_classes(config: Config, source: SampleSource) -> int:
@@ -242,16 +299,15 @@ def num_classes(config: Config, source: SampleSource) -> int:
 
 
 def open_val(config: Config, train: SampleSource) -> SampleSource | None:
-    """The evaluation split: data.val, else the val split of data.train, else none."""
+    """The evaluation split: data.val, else that of data.train, else none. It is called val, validation or test."""
     path = config.data.val
     if path == "none":
         return None
     if path is None:
-        splits = getattr(train, "splits", ["train", "val"])
-        if "val" not in splits:
+        if not set(EVAL_SPLITS) & set(train.splits):
             return None
         path = config.data.train
-    return open_source(path, "val", image_size=config.model.image_size, num_classes=config.model.num_classes)
+    return open_source(path, *EVAL_SPLITS, image_size=config.model.image_size, num_classes=config.model.num_classes)
 
 
 def eval_samples(config: Config, source: SampleSource, classes: int) -> TrainSamples:

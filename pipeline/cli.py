@@ -67,13 +67,17 @@ def take_over_run(config: Config, allow: set[str]) -> RunFolder:
         changes = [c for c in diff_configs(load_config(str(run.config)).config, config) if c.key != "run.dir"]
         refused = [c for c in changes if c.kind == "refused"]
         if refused:
-            raise UserError(f"{run.path} is a run with other settings: {'; '.join(map(str, refused))}. These cannot "
-                            "change within a run: set them back, or start a new run with another run.dir")
+            raise UserError(
+                f"{run.path} is a run with other settings: {'; '.join(map(str, refused))}. These cannot "
+                "change within a run: set them back, or start a new run with another run.dir"
+            )
         undeclared = [c for c in changes if c.kind == "declared" and c.key not in allow]
         if undeclared:
             keys = ",".join(c.key for c in undeclared)
-            raise UserError(f"{run.path}: this changes what is optimised: {'; '.join(map(str, undeclared))}. "
-                            f"If you mean it, add --allow {keys}")
+            raise UserError(
+                f"{run.path}: this changes what is optimised: {'; '.join(map(str, undeclared))}. "
+                f"If you mean it, add --allow {keys}"
+            )
         if changes:
             print("changed since the last start: " + "; ".join(map(str, changes)), flush=True)
             run.record("config", changes=[{"key": c.key, "old": c.old, "new": c.new} for c in changes])
@@ -95,10 +99,12 @@ def run_smoke(config: Config) -> int:
     with tempfile.TemporaryDirectory(prefix="mixer-smoke-") as mine:
         folder = world.broadcast(mine)
         config = replace(
-            config, run=replace(config.run, dir=folder),
+            config,
+            run=replace(config.run, dir=folder),
             train=replace(config.train, duration=f"{SMOKE_STEPS + 1} steps"),
             scheduler=replace(config.scheduler, warmup="0 steps"),
-            eval=replace(config.eval, every=None), logging=replace(config.logging, every="1 steps", to=["tensorboard"]),
+            eval=replace(config.eval, every=None),
+            logging=replace(config.logging, every="1 steps", to=["tensorboard"]),
         )
         try:
             Trainer(build(config, world)).train(stop_at=SMOKE_STEPS)
@@ -139,22 +145,24 @@ def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
     damage = reader.damage(reader.manifest.files)
     if damage:
         raise UserError(f"{damage}; evaluate another checkpoint (`--checkpoint step-N`)")
-    train = open_source(config.data.train, "train", image_size=config.model.image_size,
-                        num_classes=config.model.num_classes)
+    train = open_source(
+        config.data.train, "train", image_size=config.model.image_size, num_classes=config.model.num_classes
+    )
     source = open_val(config, train)
     if source is None:
         raise UserError(f"{config.data.train} has no val split: give one with data.val=FOLDER")
     classes = num_classes(config, train)
     world = World.join()
-    model = create_model(config.model.name, classes, config.model.image_size, device="meta",
-                         **model_overrides(config))
+    model = create_model(config.model.name, classes, config.model.image_size, device="meta", **model_overrides(config))
     model.to_empty(device=world.device)
     kind = EMA if ema else WEIGHT
     with torch.no_grad():
         for name, p in model.named_parameters():
             if not reader.has(name, kind):
-                raise UserError(f"{reader.folder} holds no {kind} of {name}" +
-                                ("; train with train.ema_decay=0.9999 to have an average" if ema else ""))
+                raise UserError(
+                    f"{reader.folder} holds no {kind} of {name}"
+                    + ("; train with train.ema_decay=0.9999 to have an average" if ema else "")
+                )
             p.copy_(reader.tensor(name, kind))
         for name, b in model.named_buffers():
             if reader.has(name, BUFFER):
@@ -169,22 +177,34 @@ def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
             return model(images, None).float()
 
     size = config.eval.batch_size or 64
-    batches = eval_batches(eval_samples(config, source, classes), rank=world.rank, world_size=world.size,
-                           batch_size=size, num_workers=config.data.num_workers)
+    batches = eval_batches(
+        eval_samples(config, source, classes),
+        rank=world.rank,
+        world_size=world.size,
+        batch_size=size,
+        num_workers=config.data.num_workers,
+    )
     started = time.perf_counter()
     with _bar(len(batches), enabled=world.is_main) as advance:
         result = evaluate(predict, batches, make_loss(config.loss.name, config.loss.label_smoothing), world, advance)
     seconds = time.perf_counter() - started
     if world.is_main:
         step = reader.manifest.step
-        report: dict[str, Any] = {"step": step, "weights": "ema" if ema else "raw", "data": source.name,
-                                  **result.to_dict(), "img_per_s": result.samples / seconds}
+        report: dict[str, Any] = {
+            "step": step,
+            "weights": "ema" if ema else "raw",
+            "data": source.name,
+            **result.to_dict(),
+            "img_per_s": result.samples / seconds,
+        }
         name = f"step-{step:08d}{'-ema' if ema else ''}.json"
         replace_file(run.path / "eval" / name, json.dumps(report, indent=1) + "\n")
         bad = f", {result.bad} unreadable" if result.bad else ""
-        print(f"{reader.folder.name}{' (ema)' if ema else ''}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
-              f"loss {result.loss:.4f} on {result.samples:,} samples of {source.name}{bad}  "
-              f"[{run.path / 'eval' / name}]")
+        print(
+            f"{reader.folder.name}{' (ema)' if ema else ''}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
+            f"loss {result.loss:.4f} on {result.samples:,} samples of {source.name}{bad}  "
+            f"[{run.path / 'eval' / name}]"
+        )
     world.leave()
     return 0
 

@@ -765,9 +765,7 @@ def _length(text: str, global_batch_size: int) -> tuple[float, str] | None:
     """(amount, unit), samples told in steps so that more pairs compare; None where the text is at fault."""
     try:
         d = Duration.parse(text)
-        return (
-            (float(d.value), "epochs") if d.unit == "epochs" else (d.to_steps(global_batch_size, 0), "steps")
-        )
+        return (float(d.value), "epochs") if d.unit == "epochs" else (d.to_steps(global_batch_size, 0), "steps")
     except UserError:  # already told by _duration_problems
         return None
 

@@ -27,7 +27,9 @@ class WeightAverage:
             return
         kind = EMA if has else WEIGHT
         self._average = [
-            Piece(p.name, EMA, p.offset, source.read(p.name, kind, p.offset, p.data.numel()).to(p.data.device, copy=True))
+            Piece(
+                p.name, EMA, p.offset, source.read(p.name, kind, p.offset, p.data.numel()).to(p.data.device, copy=True)
+            )
             for p in self._weights()
         ]
 

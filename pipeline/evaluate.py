@@ -27,8 +27,11 @@ class EvalResult:
 
 
 def evaluate(
-    predict: Callable[[Batch], Tensor], batches: Iterable[Batch], loss_fn: Callable[[Tensor, Tensor], Tensor],
-    world: World, on_batch: Callable[[], None] = lambda: None,
+    predict: Callable[[Batch], Tensor],
+    batches: Iterable[Batch],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    world: World,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> EvalResult:
     """Runs `predict` (logits [m, K]) over this rank's batches and sums over ranks. Collective."""
     total = torch.zeros(5, dtype=torch.float64, device=world.device)  # top1, top5, loss, samples, bad
@@ -40,11 +43,15 @@ def evaluate(
         # indices go first, as argmax has it
         truth = logits.gather(1, labels[:, None])
         ahead = (logits > truth).sum(1) + ((logits == truth) & (_columns(logits) < labels[:, None])).sum(1)
-        total += torch.stack([
-            ((ahead < 1) * weights).sum(), ((ahead < 5) * weights).sum(),
-            (loss_fn(logits, labels).double() * weights).sum(), weights.sum(),
-            torch.tensor(float(len(batch.errors)), dtype=torch.float64, device=world.device),
-        ])
+        total += torch.stack(
+            [
+                ((ahead < 1) * weights).sum(),
+                ((ahead < 5) * weights).sum(),
+                (loss_fn(logits, labels).double() * weights).sum(),
+                weights.sum(),
+                torch.tensor(float(len(batch.errors)), dtype=torch.float64, device=world.device),
+            ]
+        )
         on_batch()
     top1, top5, loss, samples, bad = world.sum(total.tolist())
     count = max(samples, 1.0)

@@ -57,9 +57,7 @@ def make_loss(name: str, label_smoothing: float = 0.0) -> Loss:
     """loss(logits [B, K], target [B] or [B, K]) -> [B]. Raises UserError for an unknown name or smoothing."""
     if name not in LOSSES:
         nearest = difflib.get_close_matches(name, LOSSES, 1, cutoff=0)[0]
-        raise UserError(
-            f"loss.name: there is no loss {name!r}; did you mean {nearest!r}? (all: {', '.join(LOSSES)})"
-        )
+        raise UserError(f"loss.name: there is no loss {name!r}; did you mean {nearest!r}? (all: {', '.join(LOSSES)})")
     if not 0 <= label_smoothing < 1:
         raise UserError(f"loss.label_smoothing={label_smoothing}: give a value in [0, 1)")
     return partial(LOSSES[name], label_smoothing=label_smoothing)

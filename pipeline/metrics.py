@@ -20,8 +20,9 @@ from pipeline.run import RunFolder, append_line
 class MetricWriter:
     """Scalars and pictures of one attempt, from `first_step` (completed steps at its start) on."""
 
-    def __init__(self, run: RunFolder, *, attempt: int, first_step: int, to: list[str], run_name: str,
-                 config: dict[str, Any]):
+    def __init__(
+        self, run: RunFolder, *, attempt: int, first_step: int, to: list[str], run_name: str, config: dict[str, Any]
+    ):
         self._run, self._attempt = run, attempt
         self._board = self._wandb = None
         if "tensorboard" in to:
@@ -31,15 +32,23 @@ class MetricWriter:
             self._board = SummaryWriter(str(run.tensorboard), purge_step=purge)
         if "wandb" in to:
             try:
-                import wandb
+                import wandb  # pyright: ignore[reportMissingImports] - an extra
             except ImportError:
-                raise UserError("logging.to names wandb, which is not installed: "
-                                "pip install 'mixer-pretraining[wandb]', or logging.to=[tensorboard]") from None
+                raise UserError(
+                    "logging.to names wandb, which is not installed: "
+                    "pip install 'mixer-pretraining[wandb]', or logging.to=[tensorboard]"
+                ) from None
             identity = run.path / "wandb_id"
             if not identity.exists():
                 identity.write_text(wandb.util.generate_id())
-            self._wandb = wandb.init(project="mixer-pretraining", id=identity.read_text(), resume="allow",
-                                     name=run_name, dir=str(run.path), config=config)
+            self._wandb = wandb.init(
+                project="mixer-pretraining",
+                id=identity.read_text(),
+                resume="allow",
+                name=run_name,
+                dir=str(run.path),
+                config=config,
+            )
 
     def scalars(self, step: int, values: dict[str, float], split: str = "train") -> None:
         """One line in metrics.jsonl; the same under `split/` elsewhere."""
@@ -55,7 +64,7 @@ class MetricWriter:
         if self._board:
             self._board.add_image(name, pixels, step)
         if self._wandb:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
 
             self._wandb.log({name: wandb.Image(pixels.permute(1, 2, 0).numpy())}, step=step)
 
@@ -98,8 +107,12 @@ class Display:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._progress = Progress(
-                TextColumn("step"), BarColumn(bar_width=None), MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"), TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("step"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(elapsed_when_finished=True),
             )
             self._task = self._progress.add_task("train", total=total, completed=start, note="")
             self._progress.start()

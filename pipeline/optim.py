@@ -33,8 +33,7 @@ def lr_scale(step: int, *, total_steps: int, warmup_steps: int, name: str, end_f
     else:
         nearest = difflib.get_close_matches(name, SCHEDULES, 1, cutoff=0)[0]
         raise UserError(
-            f"scheduler.name: there is no schedule {name!r}; did you mean {nearest!r}? "
-            f"(all: {', '.join(SCHEDULES)})"
+            f"scheduler.name: there is no schedule {name!r}; did you mean {nearest!r}? (all: {', '.join(SCHEDULES)})"
         )
     return scale * min(1.0, step / warmup_steps) if warmup_steps else scale
 

@@ -25,8 +25,19 @@ from typing import Any, TextIO
 
 from data_tools.errors import UserError
 
-_PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "omegaconf", "tensorboard", "safetensors", "numpy",
-             "simplejpeg", "pillow", "mixer-pretraining")
+_PACKAGES = (
+    "torch",
+    "accelerate",
+    "deepspeed",
+    "webdataset",
+    "omegaconf",
+    "tensorboard",
+    "safetensors",
+    "numpy",
+    "simplejpeg",
+    "pillow",
+    "mixer-pretraining",
+)
 
 
 class RunFolder:
@@ -51,8 +62,10 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.seek(0)
-            raise UserError(f"{self.path}: another training writes into this run folder ({self._lock.read().strip()}); "
-                            "stop it first, or choose another run.dir") from None
+            raise UserError(
+                f"{self.path}: another training writes into this run folder ({self._lock.read().strip()}); "
+                "stop it first, or choose another run.dir"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
@@ -93,8 +106,12 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"python": platform.python_version(), "host": socket.gethostname(), "platform": platform.platform(),
-            "packages": versions}
+    return {
+        "python": platform.python_version(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "packages": versions,
+    }
 
 
 def replace_file(path: Path, text: str) -> None:

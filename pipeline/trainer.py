@@ -21,7 +21,7 @@ from pipeline.checkpoint.layout import CheckpointError, CheckpointReader
 from pipeline.checkpoint.manager import best_step, step_folder
 from pipeline.data.loader import Batch, eval_batches, step_digest, train_batches
 from pipeline.evaluate import EvalResult, evaluate
-from pipeline.metrics import Display, MetricWriter, clock, image_grid, token_mixing_picture
+from pipeline.metrics import Display, MetricWriter, image_grid, token_mixing_picture
 from pipeline.optim import lr_scale
 from pipeline.parallel.engine import StepStats
 from pipeline.run import append_line
@@ -107,8 +107,11 @@ class Trainer:
     def learning_rate(self) -> float:
         c = self.config.scheduler
         return self.config.optimizer.lr * lr_scale(
-            self.step, total_steps=self.schedule.total_steps, warmup_steps=self.schedule.warmup_steps,
-            name=c.name, end_factor=c.end_factor,
+            self.step,
+            total_steps=self.schedule.total_steps,
+            warmup_steps=self.schedule.warmup_steps,
+            name=c.name,
+            end_factor=c.end_factor,
         )
 
     def _batches(self) -> Iterator[list[Batch]]:
@@ -116,7 +119,10 @@ class Trainer:
         if self.step >= self.schedule.total_steps:
             return iter(())
         return train_batches(
-            self.parts.train_samples, order, self.parts.share, num_workers=self.config.data.num_workers,
+            self.parts.train_samples,
+            order,
+            self.parts.share,
+            num_workers=self.config.data.num_workers,
             pin_memory=self.world.device.type == "cuda",
         )
 
@@ -138,11 +144,18 @@ class Trainer:
         order, share = self.parts.order, self.parts.share
         errors = [e for b in batches for e in b.errors]
         digest = step_digest(order.state.position, share, batches)
-        append_line(self.run.ledger(self.world.rank), {
-            "step": self.step + 1, "attempt": self.attempt, "epoch": order.state.epoch,
-            "position": order.state.position, "slots": [share.first, share.last], "digest": f"{digest:016x}",
-            **({"masked": errors} if errors else {}),
-        })
+        append_line(
+            self.run.ledger(self.world.rank),
+            {
+                "step": self.step + 1,
+                "attempt": self.attempt,
+                "epoch": order.state.epoch,
+                "position": order.state.position,
+                "slots": [share.first, share.last],
+                "digest": f"{digest:016x}",
+                **({"masked": errors} if errors else {}),
+            },
+        )
         if errors:
             self.bad_samples += len(errors)
             print(f"rank {self.world.rank}: bad sample, counted with weight 0: {errors[0]}", flush=True)
@@ -188,15 +201,25 @@ class Trainer:
         self.attempt = world.broadcast(self.run.next_attempt() if world.is_main else None)
         parts.checkpoints.clean()
         self._display = Display(self.schedule.total_steps, self.step, self._quiet)
-        facts = {"attempt": self.attempt, "step": self.step, "world_size": world.size,
-                 "strategy": self.config.train.strategy, "running": running, "device": str(world.device)}
+        facts = {
+            "attempt": self.attempt,
+            "step": self.step,
+            "world_size": world.size,
+            "strategy": self.config.train.strategy,
+            "running": running,
+            "device": str(world.device),
+        }
         if world.is_main:
             previous = state.get("written_by", {})
             event = "resume" if reader else "start"
             self.run.record(event, **facts, previous=previous, seconds=round(time.perf_counter() - started, 3))
             self._writer = MetricWriter(
-                self.run, attempt=self.attempt, first_step=self.step, to=self.config.logging.to,
-                run_name=self.config.run.name, config=asdict(self.config),
+                self.run,
+                attempt=self.attempt,
+                first_step=self.step,
+                to=self.config.logging.to,
+                run_name=self.config.run.name,
+                config=asdict(self.config),
             )
             self._display.say(parts.summary(running, self.step, previous if reader else None))
             self._write_status("training")
@@ -221,8 +244,10 @@ class Trainer:
             elif not finished:
                 self._display.say(f"saved at step {self.step}")
             elif self.metrics:
-                self._display.say(f"finished: {self.step} steps, top-1 {self.metrics['top1']:.2%}, "
-                                  f"top-5 {self.metrics['top5']:.2%} of {self.metrics['samples']:.0f} val samples")
+                self._display.say(
+                    f"finished: {self.step} steps, top-1 {self.metrics['top1']:.2%}, "
+                    f"top-5 {self.metrics['top5']:.2%} of {self.metrics['samples']:.0f} val samples"
+                )
             else:
                 self._display.say(f"finished: {self.step} steps; evaluate with `mixer eval {self.run.path}`")
             if self._writer:
@@ -242,8 +267,12 @@ class Trainer:
         started = time.perf_counter()
         try:
             seconds = self.parts.checkpoints.save(
-                self.step, tensors, [*self.engine.owned(), *self.parts.average.pieces()], self.state(),
-                metrics=metrics, written_by={**written_by, "attempt": self.attempt},
+                self.step,
+                tensors,
+                [*self.engine.owned(), *self.parts.average.pieces()],
+                self.state(),
+                metrics=metrics,
+                written_by={**written_by, "attempt": self.attempt},
             )
         except CheckpointError as e:
             if self.world.is_main:
@@ -260,7 +289,10 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
         return {
-            "step": self.step, "samples": self.samples, "optimizer_step": self.engine.optimizer_step, "order": self.parts.order.state.to_dict(),
+            "step": self.step,
+            "samples": self.samples,
+            "optimizer_step": self.engine.optimizer_step,
+            "order": self.parts.order.state.to_dict(),
             "global_batch_size": self.config.train.global_batch_size,
             "written_by": {"world_size": self.world.size, "strategy": self.config.train.strategy},
         }
@@ -270,7 +302,9 @@ class Trainer:
             return
         started = time.perf_counter()
         batches = eval_batches(
-            self.parts.val_samples, rank=self.world.rank, world_size=self.world.size,
+            self.parts.val_samples,
+            rank=self.world.rank,
+            world_size=self.world.size,
             batch_size=self.config.eval.batch_size or self.parts.share.micro_batch_size,
             num_workers=self.config.data.num_workers,
         )
@@ -279,8 +313,10 @@ class Trainer:
         if self.world.is_main and self._writer:
             self._writer.scalars(self.step, result.to_dict(), split="val")
             self.run.record("eval", attempt=self.attempt, step=self.step, **result.to_dict())
-            self._display.say(f"step {self.step}: val top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
-                              f"loss {result.loss:.4f} on {result.samples:,} samples")
+            self._display.say(
+                f"step {self.step}: val top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
+                f"loss {result.loss:.4f} on {result.samples:,} samples"
+            )
         # not computation of the loop: leave it out of img/s
         self._clock.since += time.perf_counter() - started
 
@@ -302,16 +338,24 @@ class Trainer:
             [stats.loss.item(), stats.weight.item(), stats.correct.item(), self._clock.data_wait]
         )
         lr = self.config.optimizer.lr * lr_scale(
-            self.step - 1, total_steps=self.schedule.total_steps, warmup_steps=self.schedule.warmup_steps,
-            name=self.config.scheduler.name, end_factor=self.config.scheduler.end_factor,
+            self.step - 1,
+            total_steps=self.schedule.total_steps,
+            warmup_steps=self.schedule.warmup_steps,
+            name=self.config.scheduler.name,
+            end_factor=self.config.scheduler.end_factor,
         )
         elapsed = time.perf_counter() - self._clock.since
         images = self._clock.steps * self.config.train.global_batch_size
         rate = images / elapsed
         values = {
-            "loss": loss / max(weight, 1.0), "accuracy": correct / max(weight, 1.0), "lr": lr,
-            "grad_norm": float(norm), "img_per_s": rate, "img_per_s_per_device": rate / self.world.size,
-            "data_wait": wait / self.world.size / elapsed, "checkpoint_stall": self._clock.stall,
+            "loss": loss / max(weight, 1.0),
+            "accuracy": correct / max(weight, 1.0),
+            "lr": lr,
+            "grad_norm": float(norm),
+            "img_per_s": rate,
+            "img_per_s_per_device": rate / self.world.size,
+            "data_wait": wait / self.world.size / elapsed,
+            "checkpoint_stall": self._clock.stall,
             "epoch": self.samples / self.parts.order.num_samples,
         }
         if self.parts.peak_flops:
@@ -326,14 +370,22 @@ class Trainer:
     def _note(self, v: dict[str, float]) -> str:
         saved = "none" if self.saved_at < 0 else f"{self.saved_at}"
         mfu = f"  MFU {v['mfu']:.1%}" if "mfu" in v else ""
-        return (f"loss {v['loss']:.4f}  lr {v['lr']:.2e}  {v['img_per_s']:,.0f} img/s{mfu}  "
-                f"data-wait {v['data_wait']:.0%}  checkpoint {saved}")
+        return (
+            f"loss {v['loss']:.4f}  lr {v['lr']:.2e}  {v['img_per_s']:,.0f} img/s{mfu}  "
+            f"data-wait {v['data_wait']:.0%}  checkpoint {saved}"
+        )
 
     def _write_status(self, state: str, **values: Any) -> None:
         self.run.write_status(
-            state=state, step=self.step, total_steps=self.schedule.total_steps, attempt=self.attempt,
-            world_size=self.world.size, strategy=self.config.train.strategy,
-            last_checkpoint=self.saved_at if self.saved_at >= 0 else None, metrics=self.metrics, **values,
+            state=state,
+            step=self.step,
+            total_steps=self.schedule.total_steps,
+            attempt=self.attempt,
+            world_size=self.world.size,
+            strategy=self.config.train.strategy,
+            last_checkpoint=self.saved_at if self.saved_at >= 0 else None,
+            metrics=self.metrics,
+            **values,
         )
 
     def _show_batch(self, batch: Batch) -> None:
@@ -348,8 +400,9 @@ class Trainer:
         name = "blocks.0.mlp_tokens.fc1.weight"
         if self._writer and patch and (name, "weight") in self.engine.tensors():
             weight = CheckpointReader(step_folder(self.run.checkpoints, self.step)).tensor(name)
-            self._writer.image(self.step, "weights/token_mixing_0",
-                               token_mixing_picture(weight, size // patch, size // patch))
+            self._writer.image(
+                self.step, "weights/token_mixing_0", token_mixing_picture(weight, size // patch, size // patch)
+            )
 
     def _warn_damage(self, text: str) -> None:
         self.run.record("damaged", why=text)

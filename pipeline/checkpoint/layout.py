@@ -27,8 +27,16 @@ from pipeline.parallel.engine import ADAM_MOMENTS, BUFFER, EMA, WEIGHT, Piece
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
-           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 Key = tuple[str, str]  # (name, kind)
 
@@ -59,7 +67,9 @@ def write_pieces(path: Path, pieces: Iterable[Piece]) -> FileRecord:
     for p in kept:
         size = p.data.numel() * p.data.element_size()
         header[piece_key(p.name, p.kind, p.offset)] = {
-            "dtype": _DTYPES[p.data.dtype], "shape": [p.data.numel()], "data_offsets": [at, at + size]
+            "dtype": _DTYPES[p.data.dtype],
+            "shape": [p.data.numel()],
+            "data_offsets": [at, at + size],
         }
         at += size
     head = json.dumps(header, separators=(",", ":")).encode()
@@ -70,13 +80,19 @@ def write_pieces(path: Path, pieces: Iterable[Piece]) -> FileRecord:
             digest.update(block)
             f.write(block)
         for p in kept:
-            block = memoryview(p.data.detach().cpu().contiguous().view(torch.uint8).numpy())
+            block = tensor_bytes(p.data)
             digest.update(block)
             f.write(block)
         f.flush()
         os.fsync(f.fileno())
-    return FileRecord(path.name, 8 + len(head) + at, digest.hexdigest(),
-                      [(p.name, p.kind, p.offset, p.data.numel()) for p in kept])
+    return FileRecord(
+        path.name, 8 + len(head) + at, digest.hexdigest(), [(p.name, p.kind, p.offset, p.data.numel()) for p in kept]
+    )
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The elements' bytes, without a copy where the tensor is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def hash_file(path: Path) -> str:
@@ -141,8 +157,10 @@ class CheckpointManifest:
         try:
             raw = json.loads((folder / MANIFEST).read_text())
             if raw["version"] != FORMAT_VERSION:
-                raise CheckpointError(f"{folder}: checkpoint format {raw['version']}, this release reads "
-                                      f"{FORMAT_VERSION}; upgrade the package")
+                raise CheckpointError(
+                    f"{folder}: checkpoint format {raw['version']}, this release reads "
+                    f"{FORMAT_VERSION}; upgrade the package"
+                )
             raw["tensors"] = {(n, k): tuple(s) for n, k, s in raw["tensors"]}
             raw["files"] = [FileRecord(**{**f, "pieces": [tuple(p) for p in f["pieces"]]}) for f in raw["files"]]
             return CheckpointManifest(**raw)
@@ -226,7 +244,7 @@ class CheckpointReader:
         digest = xxhash.xxh3_128()
         for (name, kind), shape in sorted(self.manifest.tensors.items()):
             digest.update(f"{kind}/{name}{list(shape)}".encode())
-            digest.update(memoryview(self.read(name, kind, 0, prod(shape)).contiguous().view(torch.uint8).numpy()))
+            digest.update(tensor_bytes(self.read(name, kind, 0, prod(shape))))
         return digest.hexdigest()
 
 

@@ -104,8 +104,14 @@ class CheckpointManager:
             root.mkdir(parents=True, exist_ok=True)
 
     def save(
-        self, step: int, tensors: dict[Key, tuple[int, ...]], pieces: Iterable[Piece], state: dict[str, Any],
-        *, metrics: dict[str, float], written_by: dict[str, Any],
+        self,
+        step: int,
+        tensors: dict[Key, tuple[int, ...]],
+        pieces: Iterable[Piece],
+        state: dict[str, Any],
+        *,
+        metrics: dict[str, float],
+        written_by: dict[str, Any],
     ) -> float:
         """Writes and commits one checkpoint; returns the seconds it took. Every rank passes its own pieces.
 
@@ -118,8 +124,9 @@ class CheckpointManager:
         name = f"rank-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
         records = self._together(lambda: write_pieces(folder / name, pieces))
         self._together(
-            lambda: self._commit(folder, step, tensors, records, state, metrics, written_by)
-            if self.world.is_main else None
+            lambda: (
+                self._commit(folder, step, tensors, records, state, metrics, written_by) if self.world.is_main else None
+            )
         )
         return time.perf_counter() - started
 
@@ -142,15 +149,19 @@ class CheckpointManager:
         folder.mkdir(parents=True)
 
     def _commit(
-        self, folder: Path, step: int, tensors: dict[Key, tuple[int, ...]], files: list[FileRecord],
-        state: dict[str, Any], metrics: dict[str, float], written_by: dict[str, Any],
+        self,
+        folder: Path,
+        step: int,
+        tensors: dict[Key, tuple[int, ...]],
+        files: list[FileRecord],
+        state: dict[str, Any],
+        metrics: dict[str, float],
+        written_by: dict[str, Any],
     ) -> None:
         check_coverage(tensors, files)
         text = json.dumps(state, indent=1).encode()
         _write_synced(folder / STATE, text)
-        manifest = CheckpointManifest(
-            step, tensors, files, xxhash.xxh3_128_hexdigest(text), metrics, written_by
-        )
+        manifest = CheckpointManifest(step, tensors, files, xxhash.xxh3_128_hexdigest(text), metrics, written_by)
         sync_folder(folder)
         _write_synced(folder / (MANIFEST + ".tmp"), manifest.to_json().encode())
         os.replace(folder / (MANIFEST + ".tmp"), folder / MANIFEST)
@@ -191,8 +202,10 @@ class CheckpointManager:
             if self.world.is_main:
                 warn(f"checkpoint step-{step} is damaged and left aside: {damage}")
         if steps:
-            raise CheckpointError(f"no checkpoint in {self.root} is whole ({len(steps)} were tried); restore one from "
-                                  "a copy, or move the folder away to start from the beginning")
+            raise CheckpointError(
+                f"no checkpoint in {self.root} is whole ({len(steps)} were tried); restore one from "
+                "a copy, or move the folder away to start from the beginning"
+            )
         return None
 
     def _damage(self, folder: Path) -> str | None:

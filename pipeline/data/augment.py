@@ -20,9 +20,14 @@ _CROP_TRIES = 10
 _CROP_DRAWS = 4 * _CROP_TRIES
 
 
+def philox(*keys: int) -> np.random.Philox:
+    """The counter-based generator of Salmon et al. 2011 under a 128-bit key."""
+    return np.random.Philox(key=np.array(keys, dtype=np.uint64))
+
+
 def uniforms(purpose: str, seed: int, epoch: int, sample_id: int, count: int) -> np.ndarray:
     """`count` float64 in [0, 1) that depend on the arguments alone."""
-    raw = np.random.Philox(key=[int(key(seed, epoch, purpose)), sample_id]).random_raw(count)
+    raw = philox(int(key(seed, epoch, purpose)), sample_id).random_raw(count)
     return (raw >> np.uint64(11)) * 2.0**-53
 
 
@@ -43,7 +48,7 @@ class TrainTransform:
     def __call__(self, pixels: np.ndarray, epoch: int, sample_id: int) -> torch.Tensor:
         u = uniforms("augment", self.seed, epoch, sample_id, _CROP_DRAWS + 1)
         if self.crop == "inception":
-            top, left, height, width = self.crop_box(*pixels.shape[:2], u)
+            top, left, height, width = self.crop_box(pixels.shape[0], pixels.shape[1], u)
             pixels = pixels[top : top + height, left : left + width]
         image = resize(pixels, self.size, self.size)
         return image.flip(-1) if u[_CROP_DRAWS] < self.hflip else image

@@ -20,7 +20,7 @@ def decode_image(data: bytes, channels: int = 3) -> np.ndarray:
         raise ValueError(f"images have 1 or 3 channels, not {channels}")
     if data[:2] == b"\xff\xd8":
         height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=True)
-        _check_size(width, height)
+        _check_size(int(width), int(height))
         if space != "CMYK":  # libjpeg-turbo has no conversion from CMYK to RGB; Pillow does
             return simplejpeg.decode_jpeg(data, colorspace="RGB" if channels == 3 else "GRAY", strict=True)
     return _decode_pillow(data, channels)

@@ -51,8 +51,14 @@ class TrainSamples(Dataset):
     """Map-style view: `Request` -> one slot's tensors. A bad sample becomes a zero image of weight 0."""
 
     def __init__(
-        self, source: SampleSource, transform: TrainTransform | EvalTransform, *, channels: int,
-        num_classes: int, drop_rates: list[float] | None = None, seed: int = 0,
+        self,
+        source: SampleSource,
+        transform: TrainTransform | EvalTransform,
+        *,
+        channels: int,
+        num_classes: int,
+        drop_rates: list[float] | None = None,
+        seed: int = 0,
     ):
         self.source, self.transform, self.channels, self.num_classes = source, transform, channels, num_classes
         # None where nothing is dropped, so that the model skips the multiplication
@@ -89,8 +95,13 @@ class TrainSamples(Dataset):
 def collate(rows: list) -> Batch:
     images, labels, weights, keep, ids, crcs, errors = zip(*rows)
     return Batch(
-        torch.stack(images), torch.tensor(labels), torch.tensor(weights), torch.stack(keep), torch.tensor(ids),
-        torch.tensor(crcs), [e for e in errors if e],
+        torch.stack(images),
+        torch.tensor(labels),
+        torch.tensor(weights),
+        torch.stack(keep),
+        torch.tensor(ids),
+        torch.tensor(crcs),
+        [e for e in errors if e],
     )
 
 
@@ -141,8 +152,12 @@ def train_batches(
 ) -> Iterator[list[Batch]]:
     """The micro-batches of one step after another, for ever, from `order.state` on."""
     loader = DataLoader(
-        samples, batch_sampler=MicroBatches(order, order.state, share), collate_fn=collate,
-        num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=_start_worker,
+        samples,
+        batch_sampler=MicroBatches(order, order.state, share),
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
         prefetch_factor=max(2, share.micro_steps) if num_workers else None,
     )
     batches = iter(loader)
@@ -150,9 +165,7 @@ def train_batches(
         yield [next(batches) for _ in range(share.micro_steps)]
 
 
-def eval_batches(
-    samples: TrainSamples, *, rank: int, world_size: int, batch_size: int, num_workers: int
-) -> DataLoader:
+def eval_batches(samples: TrainSamples, *, rank: int, world_size: int, batch_size: int, num_workers: int) -> DataLoader:
     """Each sample of the split exactly once over all ranks, and as many batches on every rank (padded)."""
     total = sum(samples.source.shard_sizes)
     first, last = rank_slots(rank, world_size, total)
@@ -162,8 +175,9 @@ def eval_batches(
     requests = [[Request(0, s) for s in ids[i : i + batch_size]] for i in range(0, padded, batch_size)]
     # Short splits do not pay for starting workers
     workers = min(num_workers, len(requests) // 4)
-    return DataLoader(samples, batch_sampler=requests, collate_fn=collate, num_workers=workers,
-                      worker_init_fn=_start_worker)
+    return DataLoader(
+        samples, batch_sampler=requests, collate_fn=collate, num_workers=workers, worker_init_fn=_start_worker
+    )
 
 
 def step_digest(position: int, share: Share, batches: list[Batch]) -> int:

@@ -16,8 +16,11 @@ import numpy as np
 
 from data_tools.errors import UserError
 from data_tools.manifest import DatasetManifest, ShardInfo, index_name, load_index
+from pipeline.data.augment import philox
 from pipeline.data.decode import decode_image
 from pipeline.data.order import key
+
+EVAL_SPLITS = ("val", "validation", "test")  # the first that a data set has
 
 
 class RawSample(NamedTuple):
@@ -36,6 +39,7 @@ class SampleSource(Protocol):
     name: str
     digest: str
     shard_sizes: list[int]
+    splits: list[str]
     classes: list[str] | None
 
     def read(self, sample_id: int, channels: int) -> RawSample:
@@ -43,11 +47,11 @@ class SampleSource(Protocol):
         ...
 
 
-def open_source(path: str, split: str, *, image_size: int, num_classes: int | None) -> SampleSource:
-    """The split of a data set by its path; `synthetic` needs no data. Raises UserError."""
+def open_source(path: str, *splits: str, image_size: int, num_classes: int | None) -> SampleSource:
+    """The first of `splits` that the data set at `path` has; `synthetic` needs no data. Raises UserError."""
     if path == "synthetic":
-        return SyntheticSource(split, image_size=image_size, num_classes=num_classes or 10)
-    return TarSource(path, split)
+        return SyntheticSource(splits[0], image_size=image_size, num_classes=num_classes or 10)
+    return TarSource(path, *splits)
 
 
 class TarSource:
@@ -57,13 +61,17 @@ class TarSource:
         UserError: no such data set or split; a shard that is missing or whose size is not the manifest's.
     """
 
-    def __init__(self, folder: str | Path, split: str, max_open: int = 128):
+    def __init__(self, folder: str | Path, *splits: str, max_open: int = 128):
         self.folder = Path(folder)
         manifest = DatasetManifest.load(self.folder)
-        if split not in manifest.splits:
-            if len(manifest.splits) > 1 or not manifest.splits:
-                raise UserError(f"{folder} has no split '{split}' (it has: {', '.join(manifest.splits) or 'none'})")
-            split = next(iter(manifest.splits))  # a folder that holds one split only, whatever its name
+        # A folder that holds one split only is taken, whatever its name
+        split = next((s for s in splits if s in manifest.splits), None)
+        if split is None and len(manifest.splits) == 1:
+            split = next(iter(manifest.splits))
+        if split is None:
+            raise UserError(
+                f"{folder} has no split {' or '.join(splits)} (it has: {', '.join(manifest.splits) or 'none'})"
+            )
         self.splits = list(manifest.splits)
         self.name = f"{folder} ({split})"
         self.shards: list[ShardInfo] = manifest.splits[split]
@@ -119,8 +127,10 @@ class TarSource:
         path = self.folder / info.name
         rows = load_index(self.folder / index_name(info.name))
         if len(rows) != info.samples:
-            raise UserError(f"{path}: its index has {len(rows):,} rows, the manifest says {info.samples:,}; "
-                            "it belongs to another tar. Run `mixer data index`")
+            raise UserError(
+                f"{path}: its index has {len(rows):,} rows, the manifest says {info.samples:,}; "
+                "it belongs to another tar. Run `mixer data index`"
+            )
         try:
             fd = os.open(path, os.O_RDONLY)
         except OSError as e:
@@ -138,7 +148,8 @@ class SyntheticSource:
         self.samples = samples or (10_000 if split == "train" else 1_000)
         self.name = f"synthetic ({split}, {self.samples:,} samples)"
         self.shard_sizes = [min(1_000, self.samples - i) for i in range(0, self.samples, 1_000)]
-        self.classes = None
+        self.splits = ["train", "val"]
+        self.classes: list[str] | None = None
         self.num_classes = num_classes
         self._size = image_size
         self._split = split
@@ -147,8 +158,8 @@ class SyntheticSource:
     def read(self, sample_id: int, channels: int) -> RawSample:
         label = int(key("label", self._split, sample_id) % np.uint64(self.num_classes))
         shape = (self._size, self._size, channels)
-        noise = np.random.Philox(key=[int(key(self._split, "noise")), sample_id])
-        pattern = np.random.Philox(key=[int(key("pattern")), label])
+        noise = philox(int(key(self._split, "noise")), sample_id)
+        pattern = philox(int(key("pattern")), label)
         count = -(-int(np.prod(shape)) // 8)
 
         def pixels(bits: np.random.Philox) -> np.ndarray:

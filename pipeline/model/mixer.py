@@ -144,9 +144,7 @@ class MixerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_dim, eps=LAYER_NORM_EPS)
         self.mlp_channels = ChannelMlp(hidden_dim, channels_mlp_dim)
 
-    def forward(
-        self, x: Tensor, keep_token: Tensor | None = None, keep_channel: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, keep_token: Tensor | None = None, keep_channel: Tensor | None = None) -> Tensor:
         """x [S, B, C]; keep_token, keep_channel [B], 0 or 1, None to keep the branch -> [S, B, C]."""
         x = x + _drop(self.mlp_tokens(self.norm1(x)), keep_token)
         return x + _drop(self.mlp_channels(self.norm2(x)), keep_channel)

@@ -61,9 +61,7 @@ def resolve(name: str, **overrides: Any) -> MixerSpec:
     for key in given:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, 1, cutoff=0)[0]
-            raise UserError(
-                f"{name} has no setting {key!r}; did you mean {nearest!r}? (all: {', '.join(known)})"
-            )
+            raise UserError(f"{name} has no setting {key!r}; did you mean {nearest!r}? (all: {', '.join(known)})")
     if "hidden_dim" in given:
         follows = _paper(1, given["hidden_dim"], 1)
         given.setdefault("tokens_mlp_dim", follows.tokens_mlp_dim)

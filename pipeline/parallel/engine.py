@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data_tools.errors import UserError
 from pipeline.data.augment import normalize
@@ -81,8 +82,12 @@ class TrainEngine(ABC):
     """
 
     def __init__(
-        self, model: nn.Module, groups: list[dict[str, Any]], loss_fn: Callable[[Tensor, Tensor], Tensor],
-        options: EngineOptions, world: World,
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        options: EngineOptions,
+        world: World,
     ):
         self.options, self.world, self.loss_fn = options, world, loss_fn
         self.groups = [(list(g["names"]), float(g["weight_decay"])) for g in groups]
@@ -118,8 +123,10 @@ class TrainEngine(ABC):
         stats = None
         for i, batch in enumerate(batches):
             part = self._forward_backward(batch, last=i == len(batches) - 1)
-            stats = part if stats is None else StepStats(
-                stats.loss + part.loss, stats.weight + part.weight, stats.correct + part.correct
+            stats = (
+                part
+                if stats is None
+                else StepStats(stats.loss + part.loss, stats.weight + part.weight, stats.correct + part.correct)
             )
         assert stats is not None
         norm = self._update(lr)
@@ -220,8 +227,11 @@ def row_offset(shape: tuple[int, ...], first_row: int) -> int:
 
 
 def make_engine(
-    model: nn.Module, groups: list[dict[str, Any]], loss_fn: Callable[[Tensor, Tensor], Tensor],
-    options: EngineOptions, world: World,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    options: EngineOptions,
+    world: World,
 ) -> TrainEngine:
     """The engine of `options.strategy`. Raises UserError where its library cannot be imported."""
     prepare_blocks(model, options)
@@ -229,8 +239,10 @@ def make_engine(
     try:
         engine_class = getattr(importlib.import_module(module), name)
     except ImportError as e:
-        raise UserError(f"train.strategy={options.strategy} cannot start here ({e}); "
-                        "choose train.strategy=fsdp or ddp, which need no DeepSpeed") from e
+        raise UserError(
+            f"train.strategy={options.strategy} cannot start here ({e}); "
+            "choose train.strategy=fsdp or ddp, which need no DeepSpeed"
+        ) from e
     return engine_class(model, groups, loss_fn, options, world)
 
 
@@ -252,6 +264,6 @@ def checkpoint_forward(block: nn.Module) -> None:
 
     def recomputed(*args: Any) -> Any:
         # A Mixer draws nothing at random inside (keep-masks are inputs); the default keeps dropout models right
-        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True)
 
     block.forward = recomputed

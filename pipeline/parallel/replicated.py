@@ -70,7 +70,9 @@ class ReplicatedEngine(TrainEngine):
     def verify(self) -> str:
         wrapped = isinstance(self.model, DistributedDataParallel)
         if self.world.size > 1 and not wrapped:
-            raise RuntimeError(f"strategy ddp over {self.world.size} ranks, but the model is a {type(self.model).__name__}")
+            raise RuntimeError(
+                f"strategy ddp over {self.world.size} ranks, but the model is a {type(self.model).__name__}"
+            )
         whole = {n: tuple(p.shape) for n, p in self._raw.named_parameters()}
         if whole != self.shapes:
             raise RuntimeError("strategy ddp, but parameters are not whole on this rank")

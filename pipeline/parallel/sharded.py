@@ -40,7 +40,7 @@ class ShardedEngine(TrainEngine):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         parameters = self._materialize()
-        self._parameters = {name: parameters[name] for name in self.names}
+        self._parameters: dict[str, Any] = {name: parameters[name] for name in self.names}  # DTensors
         self._optimizer = self._adamw(parameters)
 
     def _backward(self, loss: Tensor, last: bool) -> None:

@@ -40,7 +40,8 @@ class World:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(seconds=timeout_s),
+                "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
+                timeout=timedelta(seconds=timeout_s),
                 device_id=device if use_cuda else None,
             )
         return World(

@@ -34,8 +34,9 @@ class ZeroEngine(TrainEngine):
         self.stage = int(options.strategy[-1])
         self._parameters = self._materialize()
         optimizer = self._adamw(self._parameters)
-        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo",
-                                   dist_init_required=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if world.device.type == "cuda" else "gloo", dist_init_required=False
+        )
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._config())
         self.model = self._engine
@@ -50,7 +51,9 @@ class ZeroEngine(TrainEngine):
             # the plugin layer would turn 0 into 1.0; given here it is taken as it is
             "gradient_clipping": o.clip_grad_norm,
             "zero_optimization": {
-                "stage": self.stage, "contiguous_gradients": True, "overlap_comm": self.world.device.type == "cuda",
+                "stage": self.stage,
+                "contiguous_gradients": True,
+                "overlap_comm": self.world.device.type == "cuda",
                 "round_robin_gradients": False,
             },
             "communication_data_type": "fp32",
@@ -109,13 +112,15 @@ class ZeroEngine(TrainEngine):
 
     def verify(self) -> str:
         if self._engine.zero_optimization_stage() != self.stage:
-            raise RuntimeError(f"strategy zero{self.stage}, but DeepSpeed runs stage "
-                               f"{self._engine.zero_optimization_stage()}")
+            raise RuntimeError(
+                f"strategy zero{self.stage}, but DeepSpeed runs stage {self._engine.zero_optimization_stage()}"
+            )
         if self._zero.partition_gradients != (self.stage == 2):
             raise RuntimeError(f"strategy zero{self.stage}, but partition_gradients={self._zero.partition_gradients}")
         total = sum(p.numel() for p in self._parameters.values())
         local = sum(f.numel() for f in self._zero.single_partition_of_fp32_groups)
         if self.world.size > 1 and local > 0.75 * total + 4096:
-            raise RuntimeError(f"strategy zero{self.stage}, but rank {self.world.rank} holds {local:,} of {total:,} "
-                               "master weights")
+            raise RuntimeError(
+                f"strategy zero{self.stage}, but rank {self.world.rank} holds {local:,} of {total:,} master weights"
+            )
         return f"DeepSpeed ZeRO-{self.stage} ({local:,} of {total:,} master weights on rank {self.world.rank})"
