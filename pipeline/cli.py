@@ -51,8 +51,27 @@ def run_training(config: Config, allow: set[str]) -> int:
             raise UserError(problem)
         outcome = Trainer(build(config, world, allow)).train()
         return 0 if outcome == "finished" else EXIT_SAVED
+    except UserError:
+        raise
+    except Exception:
+        keep_traceback(RunFolder(config.run.dir), world.rank)
+        raise
     finally:
         world.leave()
+
+
+def keep_traceback(run: RunFolder, rank: int) -> None:
+    """An unexpected error's traceback goes into the run folder: on a cluster the terminal is long gone."""
+    import socket
+    import time
+    import traceback
+
+    path = run.path / "logs" / f"crash-{time.strftime('%Y%m%dT%H%M%S')}-rank-{rank:05d}.txt"
+    try:
+        replace_file(path, f"{socket.gethostname()} rank {rank}\n{traceback.format_exc()}")
+    except OSError:
+        return  # the disk may be the reason
+    print(f"rank {rank}: the traceback is in {path}", file=sys.stderr, flush=True)
 
 
 def take_over_run(config: Config, allow: set[str]) -> RunFolder:

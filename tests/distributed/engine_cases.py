@@ -1,0 +1,412 @@
+"""What the ranks of a `RankPool` are asked to do, and the plain single-process training they are compared with.
+
+The problem is odd on purpose: no size is divisible by anything, some parameters have fewer elements than there are
+ranks, 13 slots fall unevenly on the ranks and are padded to micro-batches of 2, weights form two groups (with and
+without decay), and stochastic-depth masks enter the model.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.checkpoint.layout import CheckpointReader, InitialState, StateSource, load_pieces
+from pipeline.checkpoint.manager import CheckpointManager, Retention, step_folder
+from pipeline.data.loader import Batch, Share
+from pipeline.ema import WeightAverage
+from pipeline.losses import make_loss
+from pipeline.model import create_model
+from pipeline.model.mixer import MlpMixer, init_parameter
+from pipeline.optim import param_groups
+from pipeline.parallel.engine import ADAM_MOMENTS, EMA, WEIGHT, EngineOptions, Piece, TrainEngine, make_engine
+from pipeline.parallel.world import World
+
+try:  # only to have it imported once, in the server that the ranks are forked from
+    import pipeline.parallel.zero3  # noqa: F401
+except ImportError:
+    pass
+
+STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+BATCH, IMAGE, CLASSES, BLOCKS = 13, 15, 10, 2
+SHAPE = {"patch_size": 5, "hidden_dim": 26, "num_blocks": BLOCKS, "tokens_mlp_dim": 3, "channels_mlp_dim": 17}
+LR, WARMUP, TOTAL_STEPS, DECAY, CLIP = 3e-3, 2, 12, 0.1, 1.0
+EMA_DECAY = 0.9
+SEED = 5
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How an engine of a case is made."""
+
+    strategy: str
+    precision: str = "fp32"
+    micro_batch_size: int = 2
+    clip: float = CLIP
+    activation_checkpointing: str = "none"
+    compile: str = "none"
+
+
+# ------------------------------------------------------------------------------------------------ the problem
+
+
+def build_model(device: str = "meta") -> MlpMixer:
+    return create_model("mixer_s16", CLASSES, IMAGE, device=device, drop_path_rate=0.2, **SHAPE)
+
+
+def learning_rate(step: int) -> float:
+    """Linear warm-up times linear decay, written out: what the trainer's schedule would give."""
+    progress = min(max((step - WARMUP) / (TOTAL_STEPS - WARMUP), 0.0), 1.0)
+    return LR * min(1.0, step / WARMUP) * (1 - progress)
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """images uint8 [B, 3, H, W], labels [B], keep-masks [B, 2L] of one step."""
+    g = torch.Generator().manual_seed(1000 + step)
+    images = torch.randint(0, 256, (BATCH, 3, IMAGE, IMAGE), generator=g, dtype=torch.uint8)
+    labels = torch.randint(0, CLASSES, (BATCH,), generator=g)
+    keep = (torch.rand(BATCH, 2 * BLOCKS, generator=g) > 0.2).float()
+    return images, labels, keep
+
+
+def initial_value(name: str, shape: tuple[int, ...]) -> Tensor:
+    """As the product's, but a head that is not zero: then gradients reach every parameter from step 1 on."""
+    if name == "head.weight":
+        return torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.2
+    return init_parameter(name, shape, SEED)
+
+
+def canonical_state() -> dict[Key, Tensor]:
+    """Made-up values for everything that a checkpoint holds, every element another one, all of plausible size."""
+    shapes = {n: tuple(p.shape) for n, p in build_model().named_parameters()}
+    g = torch.Generator().manual_seed(11)
+    state: dict[Key, Tensor] = {}
+    for name, shape in shapes.items():
+        weight = initial_value(name, shape)
+        state[name, WEIGHT] = weight + 0.01 * torch.randn(shape, generator=g)
+        state[name, "exp_avg"] = 1e-3 * torch.randn(shape, generator=g)
+        state[name, "exp_avg_sq"] = 1e-6 * (0.5 + torch.rand(shape, generator=g))
+        state[name, EMA] = weight + 0.01 * torch.randn(shape, generator=g)
+    return state
+
+
+class DictState:
+    """A state source over whole tensors."""
+
+    def __init__(self, tensors: dict[Key, Tensor]):
+        self._flat = {key: t.reshape(-1) for key, t in tensors.items()}
+
+    def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
+        return self._flat[name, kind][offset : offset + length]
+
+
+# ------------------------------------------------------------------------------------------------ the reference
+
+
+@dataclass
+class Trained:
+    """What a training gives back: loss and gradient norm a step, final tensors by (name, kind)."""
+
+    losses: list[float]
+    norms: list[float]
+    tensors: dict[Key, Tensor]
+
+
+def plain_training(steps: range, state: dict[Key, Tensor] | None = None, clip: float = CLIP) -> Trained:
+    """The same training in plain torch: one process, no accumulation, no padding, torch's own AdamW."""
+    model = build_model("cpu")
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(state[name, WEIGHT] if state else initial_value(name, tuple(p.shape)))
+    decayed = [p for n, p in parameters.items() if p.ndim >= 2 and n.endswith("weight")]
+    plain = [p for n, p in parameters.items() if not (p.ndim >= 2 and n.endswith("weight"))]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}],
+        lr=0.0, betas=(0.9, 0.999), eps=1e-8, foreach=False,
+    )
+    if state:
+        for name, p in parameters.items():
+            optimizer.state[p] = {"step": torch.tensor(float(steps.start)),
+                                  **{k: state[name, k].clone() for k in ADAM_MOMENTS}}
+    losses, norms = [], []
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        images, labels, keep = global_batch(step)
+        loss = nn.functional.cross_entropy(model(images.float() / 127.5 - 1, keep), labels)
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), clip or math.inf)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    tensors = {(n, WEIGHT): p.detach().clone() for n, p in parameters.items()}
+    tensors |= {(n, k): optimizer.state[p][k] for n, p in parameters.items() for k in ADAM_MOMENTS}
+    return Trained(losses, norms, tensors)
+
+
+# ------------------------------------------------------------------------------------------------ inside a rank
+
+
+class Session:
+    """One engine on this rank with its share of every batch, as `pipeline.build` and the trainer wire it."""
+
+    def __init__(self, world: World, spec: Spec):
+        self.world = world
+        self.share = Share.of(world.rank, world.size, BATCH, spec.micro_batch_size)
+        model = build_model()
+        options = EngineOptions(
+            spec.strategy, spec.precision, BATCH, self.share.micro_batch_size, self.share.micro_steps,
+            (0.9, 0.999), 1e-8, spec.clip, spec.compile, spec.activation_checkpointing,
+        )
+        self.engine: TrainEngine = make_engine(
+            model, param_groups(model, DECAY), make_loss("softmax_xent"), options, world
+        )
+        self.average = WeightAverage(self.engine, EMA_DECAY)
+        m, size = self.share.micro_batch_size, IMAGE
+        self.engine.warm_up(Batch(
+            torch.zeros(m, 3, size, size, dtype=torch.uint8), torch.zeros(m, dtype=torch.long), torch.zeros(m),
+            torch.ones(m, 2 * BLOCKS), torch.full((m,), -1), torch.zeros(m, dtype=torch.long), [],
+        ))
+
+    def load(self, source: StateSource | None, optimizer_step: int = 0) -> None:
+        """None: a fresh start."""
+        if source is None:
+            source = InitialState(lambda n: initial_value(n, self.engine.shapes[n]))
+        load_pieces(self.engine.pieces(), source)
+        self.average.load(source, has=True)
+        self.engine.finish_load(optimizer_step)
+
+    def step(self, step: int) -> tuple[float, float]:
+        """(loss, gradient norm) of optimizer step number `step`."""
+        stats, norm = self.engine.train_step(self.batches(step), learning_rate(step))
+        self.average.update()
+        return self.world.sum([stats.loss.item()])[0] / BATCH, float(norm)
+
+    def batches(self, step: int) -> list[Batch]:
+        images, labels, keep = global_batch(step)
+        share, m = self.share, self.share.micro_batch_size
+        micro = []
+        for i in range(share.micro_steps):
+            slots = [share.first + i * m + j for j in range(m)]
+            used = torch.tensor([float(s < share.last) for s in slots])
+            at = torch.tensor([s if s < share.last else 0 for s in slots])
+            blank = used[:, None, None, None].to(torch.uint8)
+            micro.append(Batch(images[at] * blank, labels[at] * used.long(), used, keep[at], at, at, []))
+        return micro
+
+    def owned(self) -> Iterator[Piece]:
+        yield from self.engine.owned()
+        yield from self.average.pieces()
+
+    def save(self, root: str | Path, step: int) -> str:
+        """Saves and commits, returns the folder."""
+        manager = CheckpointManager(Path(root), self.world, Retention(100))
+        manager.save(step, self.engine.tensors() | self.average.tensors(), self.owned(),
+                     {"optimizer_step": step}, metrics={}, written_by={})
+        return str(step_folder(Path(root), step))
+
+    def close(self) -> None:
+        destroy = getattr(self.engine.model, "destroy", None)
+        if destroy is not None:
+            destroy()
+
+
+@contextmanager
+def session(world: World, spec: Spec) -> Iterator[Session]:
+    made = Session(world, spec)
+    try:
+        yield made
+    finally:
+        made.close()
+        del made
+        gc.collect()
+
+
+@dataclass
+class Outcome:
+    """What one rank reports of a case."""
+
+    losses: list[float]
+    norms: list[float]
+    running: str = ""
+    folder: str = ""
+
+
+def train(world: World, spec: Spec, root: str | None, steps: int) -> Outcome:
+    """From a fresh start; saved at the end where `root` is given."""
+    with session(world, spec) as s:
+        s.load(None)
+        results = [s.step(t) for t in range(steps)]
+        folder = s.save(root, steps) if root else ""
+        return Outcome([r[0] for r in results], [r[1] for r in results], s.engine.verify(), folder)
+
+
+def go_on(world: World, spec: Spec, source: str, root: str | None, steps: range) -> Outcome:
+    """Loads a checkpoint into a new engine and takes the given steps; saved at the end where `root` is given."""
+    with session(world, spec) as s:
+        s.load(CheckpointReader(Path(source)), steps.start)
+        results = [s.step(t) for t in steps]
+        folder = s.save(root, steps.stop) if root else ""
+        return Outcome([r[0] for r in results], [r[1] for r in results], s.engine.verify(), folder)
+
+
+def interrupted(world: World, spec: Spec, root: str, at: int, steps: int) -> tuple[Outcome, Outcome]:
+    """(undisturbed with a save in the middle, a new engine that goes on from there); both saved at the end."""
+    with session(world, spec) as s:
+        s.load(None)
+        results = []
+        for t in range(steps):
+            if t == at:
+                middle = s.save(root, at)
+            results.append(s.step(t))
+        whole = Outcome([r[0] for r in results], [r[1] for r in results], folder=s.save(f"{root}/whole", steps))
+    return whole, go_on(world, spec, middle, f"{root}/resumed", range(at, steps))
+
+
+def save_canonical(world: World, spec: Spec, root: str) -> str:
+    """Puts the made-up state into the engine and saves it. Returns the folder."""
+    with session(world, spec) as s:
+        s.load(DictState(canonical_state()), 7)
+        check_weights(s)
+        return s.save(root, 7)
+
+
+def copy_checkpoint(world: World, spec: Spec, source: str, root: str) -> str:
+    """Loads a checkpoint and saves it again. Returns the folder."""
+    with session(world, spec) as s:
+        s.load(CheckpointReader(Path(source)), 7)
+        check_weights(s)
+        return s.save(root, 7)
+
+
+def check_weights(s: Session) -> None:
+    """The weights that the model computes with are the canonical ones, asked of the library, not of the pieces."""
+    wanted = canonical_state()
+    for name, whole in whole_weights(s.engine).items():
+        if not torch.equal(whole, wanted[name, WEIGHT]):
+            raise AssertionError(f"{name}: the model's own value is not what was loaded")
+
+
+def whole_weights(engine: TrainEngine) -> dict[str, Tensor]:
+    """The model's whole weights by each library's own gathering."""
+    parameters = getattr(engine, "_parameters", None) or dict(getattr(engine, "_raw").named_parameters())  # noqa: B009
+    if engine.options.strategy == "fsdp":
+        return {n: p.full_tensor().detach() for n, p in parameters.items()}
+    if engine.options.strategy == "zero3":
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            return {n: p.detach().clone() for n, p in parameters.items()}
+    return {n: p.detach() for n, p in parameters.items()}
+
+
+def save_with_fault(world: World, spec: Spec, root: str, fault: str) -> str:
+    """The last rank leaves a piece out, or writes one twice, or one that nobody knows. Returns save's error."""
+    with session(world, spec) as s:
+        s.load(DictState(canonical_state()), 7)
+        pieces = list(s.owned())
+        if world.rank == world.size - 1:
+            at = next(i for i, p in enumerate(pieces) if p.data.numel() > 1 and p.kind == "exp_avg")
+            piece = pieces[at]
+            if fault == "missing":
+                del pieces[at]
+            elif fault == "twice":
+                pieces.append(Piece(piece.name, piece.kind, piece.offset + 1, piece.data[1:]))
+            elif fault == "unknown":
+                pieces.append(Piece("nobody", WEIGHT, 0, torch.zeros(3)))
+            elif fault == "disk":
+                pieces.append(Piece("broken", WEIGHT, 0, torch.zeros(3, dtype=torch.complex64)))
+        manager = CheckpointManager(Path(root), world, Retention())
+        try:
+            manager.save(7, s.engine.tensors() | s.average.tensors(), pieces, {}, metrics={}, written_by={})
+        except Exception as e:
+            return f"{type(e).__name__}: {e}"
+        return "saved"
+
+
+def evaluate_split(world: World, samples: int, batch_size: int, spec: Spec | None) -> dict[str, float]:
+    """Evaluates the canonical weights over a synthetic split: under an engine, or as a plain model."""
+    from pipeline.data.augment import EvalTransform, normalize
+    from pipeline.data.loader import TrainSamples, eval_batches
+    from pipeline.data.source import SyntheticSource
+    from pipeline.evaluate import evaluate
+
+    source = SyntheticSource("val", image_size=IMAGE, num_classes=CLASSES, samples=samples)
+    batches = eval_batches(
+        TrainSamples(source, EvalTransform(IMAGE), channels=3, num_classes=CLASSES), rank=world.rank,
+        world_size=world.size, batch_size=batch_size, num_workers=0,
+    )
+    loss_fn = make_loss("softmax_xent")
+    if spec is not None:
+        with session(world, spec) as s:
+            s.load(DictState(canonical_state()), 7)
+            return evaluate(s.engine.predict, batches, loss_fn, world).to_dict()
+    model = build_model("cpu").eval()
+    state = canonical_state()
+    model.load_state_dict({n: state[n, WEIGHT] for n, _ in model.named_parameters()})
+
+    @torch.no_grad()
+    def predict(batch: Batch) -> Tensor:
+        return model(normalize(batch.images), None)
+
+    return evaluate(predict, batches, loss_fn, world).to_dict()
+
+
+def resident_bytes(world: World) -> int:
+    """Memory that this rank alone occupies, after a collection."""
+    gc.collect()
+    fields = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    return sum(int(fields[k].split()[0]) for k in ("Private_Clean", "Private_Dirty")) * 1024
+
+
+def build_and_drop(world: World, spec: Spec, times: int) -> None:
+    for _ in range(times):
+        with session(world, spec) as s:
+            s.load(None)
+            s.step(0)
+
+
+# ------------------------------------------------------------------------------------- for the pool's own tests
+
+
+def answer(world: World, value: Any) -> Any:
+    return world.rank, value, world.sum([1.0])[0]
+
+
+def fail_on(world: World, rank: int) -> None:
+    if world.rank == rank:
+        raise ValueError(f"this is rank {rank} speaking")
+    world.barrier()
+
+
+def die_on(world: World, rank: int) -> None:
+    import os
+
+    if world.rank == rank:
+        os.write(2, b"last words\n")
+        os._exit(9)
+    world.barrier()
+
+
+def hang_on(world: World, rank: int) -> None:
+    import time
+
+    if world.rank == rank:
+        time.sleep(60)
+    world.barrier()
+
+
+def read_whole(folder: str | Path) -> dict[Key, np.ndarray]:
+    """Every tensor of a checkpoint, flat."""
+    reader = CheckpointReader(Path(folder))
+    return {(n, k): reader.tensor(n, k).reshape(-1).numpy() for n, k in reader.manifest.tensors}

@@ -1,0 +1,147 @@
+"""Long-lived process groups: R processes join one gloo group and then run one case after another.
+
+Starting processes and importing torch and DeepSpeed takes seconds, a case takes a fraction of one; so the checkpoint
+matrix fits into the ordinary tests. A case is a module-level function `case(world, *args)` that every rank calls;
+its results come back in rank order. A rank that raises, dies or hangs fails the test with what it said, and the group
+is started afresh for the next one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from pipeline.parallel.world import free_port
+
+START_SECONDS = 120.0
+GRACE_SECONDS = 3.0  # after one rank failed, the others are likely stuck in a collective
+
+
+class RankFailure(AssertionError):
+    """A case failed on some rank; the message holds every rank's traceback or last output."""
+
+
+@dataclass
+class Rank:
+    number: int
+    process: Any
+    pipe: Connection
+    log: Path
+
+
+class RankPool:
+    """R processes in one gloo group. `run` is the only thing to call; `close` when done."""
+
+    def __init__(self, size: int, folder: Path):
+        self.size = size
+        self._folder = folder
+        self._ranks: list[Rank] = []
+
+    def run(self, case: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        """`case(world, *args)` on every rank -> results in rank order. Raises RankFailure."""
+        if not self._ranks:
+            self._start()
+        for rank in self._ranks:
+            rank.pipe.send((case, args))
+        return self._collect(timeout)
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            rank.process.kill()
+            rank.process.join()
+            rank.pipe.close()
+        self._ranks = []
+
+    def _start(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Children are forked from one server that has imported everything heavy, once
+        here = str(Path(__file__).parent)
+        if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["engine_cases"])
+        port = free_port()
+        for number in range(self.size):
+            ours, theirs = context.Pipe()
+            log = self._folder / f"world-{self.size}-rank-{number}.log"
+            process = context.Process(target=_serve, args=(theirs, number, self.size, port, str(log)), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append(Rank(number, process, ours, log))
+        self._collect(START_SECONDS)
+
+    def _collect(self, timeout: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) + len(failures) < self.size:
+            waiting = [r for r in self._ranks if r.number not in results and r.number not in failures]
+            by_source: dict[Any, Rank] = {r.pipe: r for r in waiting} | {r.process.sentinel: r for r in waiting}
+            ready = wait(list(by_source), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                for rank in waiting:
+                    failures[rank.number] = "did not answer in time (stuck, or waiting for another rank)"
+                break
+            for rank in {by_source[source].number: by_source[source] for source in ready}.values():
+                try:
+                    succeeded, value = rank.pipe.recv()
+                except (EOFError, OSError):
+                    rank.process.join(1)
+                    failures[rank.number] = f"died with exit code {rank.process.exitcode}\n{_tail(rank.log)}"
+                else:
+                    (results if succeeded else failures)[rank.number] = value
+            if failures:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if failures:
+            self.close()
+            texts = [f"rank {n} of {self.size}: {text}" for n, text in sorted(failures.items())]
+            raise RankFailure("\n".join(texts))
+        return [results[n] for n in range(self.size)]
+
+
+def _tail(log: Path, size: int = 4000) -> str:
+    return log.read_text(errors="replace")[-size:] if log.exists() else ""
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int, log: str) -> None:
+    """One rank's process: joins the group, then answers until its pipe closes."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - for the process' life
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), MIXER_DEVICE="cpu",
+    )
+    import torch
+
+    from pipeline.cli import quiet_libraries
+    from pipeline.parallel.world import World
+
+    torch.set_num_threads(1)
+    quiet_libraries()
+    try:
+        world = World.join(timeout_s=60)
+        pipe.send((True, None))
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+        return
+    while True:
+        try:
+            case, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = True, case(world, *args)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        pipe.send(answer)
