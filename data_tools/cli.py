@@ -1,24 +1,33 @@
-"""`mixer shard` and `mixer data ...`: thin commands over the functions of this package.
+"""`mixer shard`: a thin command over the functions of this package (`mixer data ...` is in `cli_data`).
 
 Only typer is imported here; everything else inside the command, so that `mixer --help` stays quick.
 """
 
 from __future__ import annotations
 
-import re
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data_tools.cli_data import data_app
+from data_tools.cli_values import format_bytes, format_shards, parse_bad, parse_size
+
 if TYPE_CHECKING:
+    from data_tools.manifest import DatasetManifest
     from data_tools.plan import ShardPlan
 
-data_app = typer.Typer(no_args_is_help=True, help="Look at and check finished data sets.")
+__all__ = ["data_app", "format_bytes", "parse_bad", "parse_size", "shard"]
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+class EngineChoice(StrEnum):
+    """Who runs the packing tasks."""
+
+    local = "local"
+    ray = "ray"
+    slurm = "slurm"
 
 
 class OrderChoice(StrEnum):
@@ -28,42 +37,15 @@ class OrderChoice(StrEnum):
     source = "source"
 
 
-def parse_size(text: str) -> int:
-    """Bytes from "256MB" (10^6), "1GiB" (2^30), "500000". Raises typer.BadParameter for anything else."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if match is None or match[2] not in _UNITS:
-        raise typer.BadParameter(f"{text!r} is not a size; try 256MB or 1GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def parse_bad(text: str) -> int | float:
-    """A count ("10") or a fraction ("0.1%", "0.001"). Raises typer.BadParameter for anything else."""
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a count (10) nor a fraction (0.1%)") from None
-
-
-def format_bytes(n: float) -> str:
-    """Decimal units, three digits: "1.29 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.4g} TB"
-
-
-def _shards(n: int) -> str:
-    return f"{n:,} shard" + "s" * (n != 1)
-
-
 def shard(
-    source: Annotated[
-        Path, typer.Argument(help="Image folder, or .csv/.tsv with columns path[,label][,split].")
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE OUT",
+            help="Image folder, or .csv/.tsv with columns path[,label][,split]; then the folder for the shards, made "
+            "if missing, or a URL (s3://bucket/set).",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the shards; made if missing.")],
     val_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the images for split val, by hash of their path.")
     ] = 0.0,
@@ -82,6 +64,26 @@ def shard(
         bool, typer.Option("--overwrite", help="Discard the shards of another plan or corpus in OUT.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+    engine: Annotated[
+        EngineChoice, typer.Option(help="Who packs: this machine's cores, Ray, or a SLURM array.")
+    ] = EngineChoice.local,
+    num_tasks: Annotated[int, typer.Option(min=0, help="Tasks of the array; 0: one a shard, at most 100.")] = 0,
+    task_id: Annotated[
+        int | None, typer.Option(min=0, help="Run only this part of the plan in OUT (needs --num-tasks).")
+    ] = None,
+    sbatch: Annotated[str, typer.Option(help='More arguments for sbatch: "--partition=cpu --time=2:00:00".')] = "",
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the SLURM array, then finalise.")] = False,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Write the plan to OUT, pack nothing.")] = False,
+    finalize: Annotated[
+        bool, typer.Option("--finalize", help="Only the last step: from packed shards to dataset.json.")
+    ] = False,
+    storage_options: Annotated[
+        list[str] | None,
+        typer.Option(help="For URLs: key=value or a JSON object; repeatable.", envvar="MIXER_STORAGE_OPTIONS"),
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Local folder for plan and unfinished shards when OUT is a URL.")
+    ] = None,
 ) -> None:
     """Pack a corpus of images into WebDataset shards; run it again after any interruption.
 
@@ -97,28 +99,68 @@ def shard(
       mixer shard labels.csv shards/ --shard-size 1GB --max-bad 0.1%
 
       mixer shard photos/ shards/ --dry-run
-    """
-    from data_tools.engines import ShardOptions, plan_corpus, shard_corpus
-    from data_tools.progress import ProgressPrinter
 
-    options = ShardOptions(
-        source, out, val_fraction, parse_size(shard_size), max_samples, order.value, seed, workers, verify,
-        max_pixels, parse_bad(max_bad), overwrite,
+      mixer shard photos/ s3://bucket/set --storage-options endpoint_url=http://host:9000
+
+      mixer shard photos/ shards/ --engine slurm --num-tasks 16 --sbatch "--time=2:00:00"
+
+      mixer shard --finalize shards/
+    """
+    from data_tools import engines
+    from data_tools.progress import ProgressPrinter
+    from data_tools.storage import parse_storage_options
+
+    stores = parse_storage_options(storage_options or [])
+    *sources, out = paths
+    if finalize:
+        _one_place(paths, "--finalize")
+        _show_result(engines.finalize_corpus(out, parse_bad(max_bad), stores, work), out)
+        return
+    if task_id is not None:
+        _one_place(paths, "--task-id")
+        with ProgressPrinter() as printer:
+            engines.run_part(engines.Output.at(out, stores, work), task_id, num_tasks, workers, printer)
+        return
+    if len(sources) != 1:
+        raise typer.BadParameter("give the corpus and the output: SOURCE OUT")
+    options = engines.ShardOptions(
+        Path(sources[0]), out, val_fraction, parse_size(shard_size), max_samples, order.value, seed, workers, verify,
+        max_pixels, parse_bad(max_bad), overwrite, engine.value, num_tasks, tuple(shlex.split(sbatch)), stores, work,
     )  # fmt: skip
     if dry_run:
-        _show_plan(plan_corpus(options))
+        _show_plan(engines.plan_corpus(options))
+        return
+    if plan_only:
+        _show_plan(engines.plan_into(options))
+        return
+    if engine is EngineChoice.slurm and not wait:
+        job = engines.submit_corpus(options)
+        typer.echo(f"SLURM job {job} packs it; when it has ended: mixer shard --finalize {shlex.quote(out)}")
         return
     with ProgressPrinter() as printer:
-        manifest = shard_corpus(options, printer)
+        manifest = engines.shard_corpus(options, printer)
+    _show_result(manifest, out)
+
+
+def _one_place(paths: list[str], option: str) -> None:
+    if len(paths) != 1:
+        raise typer.BadParameter(f"{option} takes the output alone: mixer shard {option} ... OUT")
+
+
+def _show_result(manifest: DatasetManifest, out: str) -> None:
+    from data_tools.storage import join
+
     for split, shards in manifest.splits.items():
         size = format_bytes(sum(s.bytes for s in shards))
-        typer.echo(f"{split}: {manifest.samples(split):,} images, {_shards(len(shards))}, {size}")
+        typer.echo(f"{split}: {manifest.samples(split):,} images, {format_shards(len(shards))}, {size}")
     if manifest.classes is not None:
         typer.echo(f"classes: {len(manifest.classes):,}")
     _show_ignored(manifest.source["ignored"])
     bad = manifest.source["quarantined"]
-    typer.echo(f"bad images: {bad:,}" + (f", listed in {out / 'quarantine.jsonl'}" if bad else ""))
-    typer.echo(f"finished: {out / 'dataset.json'}")
+    if manifest.source.get("duplicates"):
+        typer.echo(f"duplicates left out: {manifest.source['duplicates']:,}")
+    typer.echo(f"bad images: {bad:,}" + (f", listed in {join(out, 'quarantine.jsonl')}" if bad else ""))
+    typer.echo(f"finished: {join(out, 'dataset.json')}")
 
 
 def _show_plan(plan: ShardPlan) -> None:
@@ -130,50 +172,9 @@ def _show_plan(plan: ShardPlan) -> None:
     for split in dict.fromkeys(s.split for s in plan.shards):
         shards = [s for s in plan.shards if s.split == split]
         images, size = sum(s.samples for s in shards), format_bytes(sum(s.bytes for s in shards))
-        typer.echo(f"{split}: {images:,} images, {_shards(len(shards))}, {size} ({shards[0].name} ...)")
+        typer.echo(f"{split}: {images:,} images, {format_shards(len(shards))}, {size} ({shards[0].name} ...)")
 
 
 def _show_ignored(ignored: dict[str, int]) -> None:
     if ignored:
         typer.echo("ignored: " + ", ".join(f"{n:,} {what}" for what, n in ignored.items()))
-
-
-@data_app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="A finished data set.")],
-    decode: Annotated[bool, typer.Option(help="Decode every image again.")] = True,
-    workers: Annotated[int, typer.Option(min=0, help="Threads; 0: one a core.")] = 0,
-) -> None:
-    """Read every byte again: hashes, index against tar, images. Exits with 1 and lists what is damaged.
-
-    Example:  mixer data verify shards/
-    """
-    from data_tools.verify import verify_dataset
-
-    checked: list[int] = []
-    damage = verify_dataset(folder, decode, workers, lambda shard: checked.append(shard.samples))
-    for item in damage:
-        typer.echo(f"{item.shard}  {item.key}  {item.what}".replace("    ", "  "), err=True)
-    typer.echo(f"{_shards(len(checked))}, {sum(checked):,} images checked: {len(damage):,} problems")
-    if damage:
-        raise typer.Exit(1)
-
-
-@data_app.command()
-def inspect(
-    target: Annotated[Path, typer.Argument(help="A data set's folder, or one of its tars.")],
-    key: Annotated[str | None, typer.Argument(help="Show only this sample of a tar.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most samples to list.")] = 20,
-) -> None:
-    """Show what a data set, a shard or a sample holds.
-
-    Examples:
-
-      mixer data inspect shards/
-
-      mixer data inspect shards/train-000000.tar cat/0001
-    """
-    from data_tools.inspection import describe_dataset, describe_shard
-
-    for line in describe_dataset(target) if target.is_dir() else describe_shard(target, key, limit):
-        typer.echo(line)

@@ -1,6 +1,7 @@
 """Sharding a corpus, start to end: plan, pack what is missing, finalise.
 
-`shard_corpus` is the public entry. A run may be killed at any moment; the same call goes on where it stopped.
+`shard_corpus` is the public entry; it runs the same tasks on processes of this machine, on Ray or as a SLURM array.
+A run may be killed at any moment; the same call goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,19 +13,25 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-from data_tools.errors import UserError
-from data_tools.finalize import QUARANTINE_NAME, finalize
+from data_tools.errors import Interrupted, UserError
+from data_tools.finalize import finalize
 from data_tools.local_pool import LocalPool
-from data_tools.manifest import MANIFEST_NAME, DatasetManifest, index_name
-from data_tools.pack import PackTask, marker_path, pack_shard, read_marker
+from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.output import Output
 from data_tools.plan import Order, PlanOptions, ShardPlan, make_plan
-from data_tools.plan_store import PLAN_FOLDER, describe_change, load_plan, save_plan
+from data_tools.plan_store import load_plan
 from data_tools.progress import Board, Progress
+from data_tools.settle import corpus_root, settle_plan
 from data_tools.sources import scan
-from data_tools.storage import lock_folder, remove_leftovers
+from data_tools.storage import lock_folder
+from data_tools.tasks import Task, make_tasks, read_markers, run_task
+
+Engine = Literal["local", "ray", "slurm"]
+Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,14 @@ class ShardOptions:
     - verify: decode every image once, else read its header only; max_pixels: refuse larger images.
     - max_bad: images that may be quarantined: a count, or as a float a fraction.
     - overwrite: discard what an earlier run with other options or another corpus left in `out`.
+    - engine: who runs the tasks; num_tasks: of a SLURM array, 0 for one a shard, at most 100; sbatch: more arguments
+      for `sbatch`.
+    - storage_options: fsspec's arguments for URLs; work: the local folder that an `out` URL needs, by default one
+      in the user's cache (several machines: one that all see).
     """
 
     source: Path
-    out: Path
+    out: Path | str
     val_fraction: float = 0.0
     shard_size: int = 256_000_000
     max_samples: int = 0
@@ -53,6 +64,11 @@ class ShardOptions:
     max_pixels: int = 100_000_000
     max_bad: int | float = 0
     overwrite: bool = False
+    engine: Engine = "local"
+    num_tasks: int = 0
+    sbatch: tuple[str, ...] = ()
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    work: Path | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError for values that cannot be meant."""
@@ -65,10 +81,15 @@ class ShardOptions:
             (self.workers >= 0, f"workers {self.workers}: must not be negative"),
             (self.max_pixels > 0, f"max_pixels {self.max_pixels}: must be positive"),
             (self.max_bad >= 0, f"max_bad {self.max_bad}: must not be negative"),
+            (self.engine in ("local", "ray", "slurm"), f"engine {self.engine!r}: local, ray or slurm"),
+            (self.num_tasks >= 0, f"num_tasks {self.num_tasks}: must not be negative"),
         ]
         for good, message in checks:
             if not good:
                 raise UserError(message)
+
+    def output(self) -> Output:
+        return Output.at(self.out, self.storage_options, self.work)
 
     def plan_options(self) -> PlanOptions:
         return PlanOptions(
@@ -82,18 +103,12 @@ class ShardOptions:
         )
 
 
-class Interrupted(UserError):
-    """Ctrl-C or SIGTERM: what is committed stays, the same call goes on from there."""
-
-    exit_code = 130
-
-
 def plan_corpus(options: ShardOptions) -> ShardPlan:
     """Lists the corpus and plans its shards; writes nothing. Raises UserError as `shard_corpus` does."""
     return make_plan(scan(options.source), options.plan_options())[0]
 
 
-def shard_corpus(options: ShardOptions, report: Callable[[Progress], None] | None = None) -> DatasetManifest:
+def shard_corpus(options: ShardOptions, report: Report | None = None) -> DatasetManifest:
     """Shards `options.source` into `options.out` and returns the manifest that lies there.
 
     Goes on where an earlier run with the same corpus and options was stopped; returns at once where that run
@@ -101,26 +116,103 @@ def shard_corpus(options: ShardOptions, report: Callable[[Progress], None] | Non
     the `if __name__ == "__main__":` guard of `multiprocessing`.
 
     Raises UserError: bad source or options, another plan or another run in `out`, too many bad images, not
-    enough space, an interruption (Interrupted). Committed shards stay in every case.
+    enough space, an interruption (Interrupted), a store or an engine that fails. Committed shards stay in every
+    case.
     """
-    out = options.out
-    if not options.source.exists():
-        raise UserError(f"{options.source}: no such file or folder")
-    if out.resolve() == options.source.resolve():
-        raise UserError(f"{out}: the output folder is the corpus itself; give another one")
-    folder = out / PLAN_FOLDER
+    if options.engine == "slurm":
+        from data_tools.slurm_array import wait_for_array
+
+        job = submit_corpus(options)
+        with _errors(options.output()):
+            wait_for_array(job, options.output(), report)
+        return finalize_corpus(options.out, options.max_bad, options.storage_options, options.work)
+    output = options.output()
+    with _errors(output), _alone_in(output):
+        plan = settle_plan(options, output)
+        tasks = make_tasks(plan, corpus_root(options), output)
+        _run_missing(plan, tasks, options.workers, options.engine, report)
+        return finalize(output, options.max_bad)
+
+
+def plan_into(options: ShardOptions) -> ShardPlan:
+    """Writes the plan into the output folder and packs nothing: `run_part` does, then `finalize_corpus`."""
+    output = options.output()
+    with _errors(output), _alone_in(output):
+        return settle_plan(options, output)
+
+
+def submit_corpus(options: ShardOptions) -> str:
+    """Plans, submits a SLURM array that packs what is missing, and returns its job id; see `finalize_corpus`."""
+    from data_tools.slurm_array import submit_array
+
+    plan = plan_into(options)
+    num_tasks = options.num_tasks or min(len(plan.shards), 100)
+    return submit_array(options.output(), min(num_tasks, len(plan.shards)), options.workers, options.sbatch)
+
+
+def run_part(
+    output: Output, task_id: int, num_tasks: int, workers: int = 0, report: Report | None = None
+) -> None:
+    """Packs every `num_tasks`-th shard of the plan in `output`, beginning with `task_id`: one task of an array.
+
+    Any number of parts may run at once, each on its own machine. Raises UserError as `shard_corpus` does, and
+    where the same part is running already.
+    """
+    if not 0 <= task_id < num_tasks:
+        raise UserError(f"--task-id {task_id}: must be from 0 to {num_tasks - 1} (--num-tasks {num_tasks})")
+    plan = stored_plan(output)
+    folder = output.plan_folder
+    with (
+        _errors(output),
+        _terminate_like_interrupt(),
+        lock_folder(output.folder, folder / "lock", shared=True),
+        lock_folder(output.folder, folder / f"lock-{task_id}-of-{num_tasks}"),
+    ):
+        tasks = make_tasks(plan, Path(plan.corpus.root), output)[task_id::num_tasks]
+        output.remove_leftovers([t.name for t in tasks])
+        _run_missing(plan, tasks, workers, "local", report)
+
+
+def finalize_corpus(
+    out: Path | str,
+    max_bad: int | float = 0,
+    storage_options: dict[str, Any] | None = None,
+    work: Path | None = None,
+) -> DatasetManifest:
+    """The last step alone, for a plan whose shards were packed by `run_part`. Raises UserError as it does."""
+    output = Output.at(out, storage_options, work)
+    stored_plan(output)
+    with _errors(output), _alone_in(output):
+        return finalize(output, max_bad)
+
+
+def stored_plan(output: Output) -> ShardPlan:
+    """The plan that lies in `output`. Raises UserError where there is none."""
+    plan = load_plan(output.plan_folder)
+    if plan is None:
+        raise UserError(
+            f"{output.folder} holds no plan; make one with `mixer shard SOURCE {output.place} --plan-only`"
+        )
+    return plan
+
+
+@contextmanager
+def _alone_in(output: Output) -> Iterator[None]:
+    output.plan_folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(output.folder, output.plan_folder / "lock"), _terminate_like_interrupt():
+        output.remove_leftovers()
+        yield
+
+
+@contextmanager
+def _errors(output: Output) -> Iterator[None]:
+    """Ctrl-C and trouble with a disk as messages for people."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(out, folder / "lock"), _terminate_like_interrupt():
-            remove_leftovers(out)
-            remove_leftovers(folder)
-            plan = _settle_plan(options)
-            _pack_missing(plan, options, report)
-            return finalize(out, options.max_bad)
+        yield
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; finished shards stay in {out}: the same command goes on") from None
+        raise Interrupted(f"interrupted; finished shards stay in {output.place}: the same command goes on") from None
     except OSError as e:
-        raise _disk_error(e, out) from e
+        raise _disk_error(e, output.folder) from e
 
 
 def _disk_error(e: OSError, out: Path) -> UserError:
@@ -130,86 +222,67 @@ def _disk_error(e: OSError, out: Path) -> UserError:
     return UserError(f"{place}: {what}; committed shards stay: mend that and run the same command to go on")
 
 
-# --- plan ---------------------------------------------------------------------------------------------------
+# --- packing ------------------------------------------------------------------------------------------------
 
 
-def _settle_plan(options: ShardOptions) -> ShardPlan:
-    """The plan to work on: the one in the output folder where it is the same, else a new one."""
-    out, folder = options.out, options.out / PLAN_FOLDER
-    plan, samples = make_plan(scan(options.source), options.plan_options())
-    earlier = load_plan(folder)
-    if earlier is None:
-        _refuse_foreign(out)
-        return save_plan(plan, samples, folder)
-    change = describe_change(earlier, plan, samples, folder)
-    if change is None:
-        return earlier
-    if not options.overwrite:
-        raise UserError(
-            f"{out} was begun with another plan: {change}.\n"
-            "Undo that to go on, give another output folder, or discard its shards with --overwrite"
-        )
-    _discard(out, earlier)
-    return save_plan(plan, samples, folder)
-
-
-def _refuse_foreign(out: Path) -> None:
-    found = sorted(p.name for p in out.iterdir() if p.suffix == ".tar" or p.name == MANIFEST_NAME)
-    if found:
-        raise UserError(
-            f"{out} already holds {found[0]}, which this command did not make; give another folder"
-        )
-
-
-def _discard(out: Path, plan: ShardPlan) -> None:
-    """Deletes what `plan` made and nothing else; the plan last, so that a kill in between is safe."""
-    folder = out / PLAN_FOLDER
-    for shard in plan.shards:
-        marker_path(out, shard.name).unlink(missing_ok=True)
-    for shard in plan.shards:
-        (out / shard.name).unlink(missing_ok=True)
-        (out / index_name(shard.name)).unlink(missing_ok=True)
-    for path in (out / MANIFEST_NAME, out / QUARANTINE_NAME, folder / "samples.jsonl", folder / "plan.json"):
-        path.unlink(missing_ok=True)
-
-
-# --- packing on this machine --------------------------------------------------------------------------------
-
-
-def _pack_missing(plan: ShardPlan, options: ShardOptions, report: Callable[[Progress], None] | None) -> None:
-    out = options.out
+def _run_missing(
+    plan: ShardPlan, tasks: list[Task], workers: int, engine: Engine, report: Report | None
+) -> None:
+    """Runs those of `tasks` that no marker calls done."""
+    if not tasks:
+        return
+    output = tasks[0].output
+    store = output.store()
     # Files that could not be opened may be readable now; once the set is published it stays as it is.
-    retry_unreadable = not (out / MANIFEST_NAME).exists()
-    root = options.source if options.source.is_dir() else options.source.parent
-    board = Board(plan, report)
-    tasks: list[PackTask] = []
-    for shard in plan.shards:
-        packed = read_marker(out, shard, plan.digest)
+    retry_unreadable = MANIFEST_NAME not in store.list()
+    board = Board(plan, report, [t.pack.shard for t in tasks])
+    missing: list[Task] = []
+    mine = {t.name: t for t in tasks}
+    for shard, packed in zip(plan.shards, read_markers(store, plan)):
+        if shard.name not in mine:
+            continue
         if packed is None or (retry_unreadable and not all(b.content for b in packed.bad)):
-            tasks.append(PackTask(out, root, plan.digest, shard, plan.options))
+            missing.append(mine[shard.name])
         else:
             board.finished_earlier(packed)
     board.show(now=True)
-    if not tasks:
+    if not missing:
         return
-    _check_space(out, sum(t.shard.bytes for t in tasks))
-    workers = min(options.workers or len(os.sched_getaffinity(0)), len(tasks))
+    if engine == "ray":
+        from data_tools.ray_pool import RayPool
+
+        _check_space(output, missing, workers or len(missing))
+        RayPool(missing, workers, board).run()
+        board.show(now=True)
+        return
+    workers = min(workers or available_cores(), len(missing))
+    _check_space(output, missing, workers)
     if workers == 1:
-        _pack_here(tasks, board)
+        _pack_here(missing, board)
     else:
-        LocalPool(tasks, workers, board).run()
+        LocalPool(missing, workers, board).run()
     board.show(now=True)
 
 
-def _check_space(out: Path, needed: int) -> None:
-    usage = shutil.disk_usage(out)
+def available_cores() -> int:
+    """Cores this process may use; within a SLURM job no more than it asked for."""
+    cores = len(os.sched_getaffinity(0))
+    allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cores, int(allotted)) if allotted.isdigit() and int(allotted) else cores
+
+
+def _check_space(output: Output, tasks: list[Task], workers: int) -> None:
+    """For what stays here: all shards, or those in work where finished ones move to an object store."""
+    sizes = sorted((t.pack.shard.bytes for t in tasks), reverse=True)
+    needed = sum(sizes if output.url is None else sizes[:workers])
+    usage = shutil.disk_usage(output.folder)
     if usage.total and usage.free < needed:
         raise UserError(
-            f"{out}: {needed / 1e9:,.2f} GB are to be written, {usage.free / 1e9:,.2f} GB are free"
+            f"{output.folder}: {needed / 1e9:,.2f} GB are to be written, {usage.free / 1e9:,.2f} GB are free"
         )
 
 
-def _pack_here(tasks: list[PackTask], board: Board) -> None:
+def _pack_here(tasks: list[Task], board: Board) -> None:
     """Packs in this process: no pool, no pickling, needs no guard in the caller's script."""
     for task in tasks:
         last = (0, 0, 0)
@@ -220,7 +293,7 @@ def _pack_here(tasks: list[PackTask], board: Board) -> None:
             board.show(*last)
             return True
 
-        packed = pack_shard(task, progress)
+        packed = run_task(task, progress)
         board.finished(packed, last[2])
 
 

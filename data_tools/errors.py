@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the keyboard.
+"""The exceptions whose messages are meant for the person at the keyboard.
 
 Shared by `data_tools`, `pipeline` and `launch`; imports nothing.
 """
@@ -11,3 +11,9 @@ class UserError(Exception):
     """
 
     exit_code = 1
+
+
+class Interrupted(UserError):
+    """Ctrl-C or SIGTERM: what is committed stays, the same call goes on from there."""
+
+    exit_code = 130

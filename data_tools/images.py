@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 # (suffix of the tar member, Pillow's name, first bytes)
@@ -42,7 +44,7 @@ def check_image(data: bytes, max_pixels: int, decode: bool = True) -> ImageInfo:
     """
     if not data:
         raise BadImage("empty file")
-    suffix, pillow_format = _format(data)
+    suffix, pillow_format = sniff_format(data)
     if suffix == "jpg":
         size = _jpeg_size(data)
         if size is not None:
@@ -53,7 +55,7 @@ def check_image(data: bytes, max_pixels: int, decode: bool = True) -> ImageInfo:
     return ImageInfo(suffix, *_check_with_pillow(data, pillow_format, max_pixels, decode))
 
 
-def _format(data: bytes) -> tuple[str, str]:
+def sniff_format(data: bytes) -> tuple[str, str]:
     for suffix, name, magic in _MAGIC:
         if data.startswith(magic):
             return suffix, name
@@ -95,19 +97,27 @@ def _decode_jpeg(data: bytes) -> None:
 def _check_with_pillow(data: bytes, name: str, max_pixels: int, decode: bool) -> tuple[int, int]:
     from PIL import Image
 
+    with pillow_errors(name), Image.open(io.BytesIO(data), formats=(name,)) as image:
+        width, height = image.size
+        _limit(width, height, max_pixels)
+        if decode:
+            image.load()
+    return width, height
+
+
+@contextmanager
+def pillow_errors(name: str) -> Iterator[None]:
+    """Whatever Pillow raises over a file becomes BadImage; `name` is the format."""
+    from PIL import Image
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow only warns of many pixels; the limit here is ours
-            with Image.open(io.BytesIO(data), formats=(name,)) as image:
-                width, height = image.size
-                _limit(width, height, max_pixels)
-                if decode:
-                    image.load()
-    except BadImage:
+            yield
+    except (BadImage, MemoryError):
         raise
     except Image.DecompressionBombError as e:  # Pillow's own limit, 179 million pixels
         raise BadImage(f"too many pixels: {e}") from e
     except Exception as e:  # Pillow's plugins raise anything: SyntaxError, struct.error, KeyError
         text = str(e).split("<_io.BytesIO")[0].strip() or type(e).__name__  # without the address
         raise BadImage(f"damaged {name}: {text}") from e
-    return width, height

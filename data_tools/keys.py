@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 
 import xxhash
 
-from data_tools.errors import UserError
-from data_tools.sources import IMAGE_SUFFIXES, Sample
+from data_tools.sources.rows import IMAGE_SUFFIXES
 
 MAX_KEY = 90  # characters: leaves room for a suffix within ustar.MAX_NAME
 
@@ -19,6 +17,10 @@ def raw_path(path: str) -> bytes:
 
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/-]")
+_SUFFIXES = "|".join(sorted(s[1:] for s in IMAGE_SUFFIXES))
+# Names that are keys as they are, without their suffix: nearly all of a usual corpus.
+_PLAIN = re.compile(rf"([A-Za-z0-9_-](?:[A-Za-z0-9_/-]{{0,{MAX_KEY - 2}}}[A-Za-z0-9_-])?)\.(?i:{_SUFFIXES})".encode())
+_OTHER_URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
 
 
 def member_key(path: str, suffix: str = "") -> str:
@@ -32,22 +34,21 @@ def member_key(path: str, suffix: str = "") -> str:
     stem, dot, extension = path.rpartition(".")
     if not dot or "." + extension.lower() not in IMAGE_SUFFIXES:
         stem = path
-    clean = _UNSAFE.sub("_", stem).strip("/")
+    clean = _UNSAFE.sub("_", _OTHER_URL.sub("", stem)).strip("/")
     if clean != stem or not clean or len(clean) > MAX_KEY:
         suffix = f"-{xxhash.xxh3_64_hexdigest(raw_path(path))}"
     return clean[-(MAX_KEY - len(suffix)) :].lstrip("/") + suffix  # the end of a long path tells more
 
 
-def member_keys(samples: list[Sample]) -> list[str]:
-    """One key a sample, all different: `a.jpg` beside `a.png` both get a hash. Raises UserError if that
-    fails."""
-    keys = [member_key(s.path) for s in samples]
-    shared = {key for key, n in Counter(keys).items() if n > 1}
-    if shared:
-        for i, sample in enumerate(samples):
-            if keys[i] in shared:
-                keys[i] = member_key(sample.path, f"-{xxhash.xxh3_64_hexdigest(raw_path(sample.path))}")
-        if len(set(keys)) < len(keys):
-            again = next(key for key, n in Counter(keys).items() if n > 1)
-            raise UserError(f"two images would get the same key {again!r}; rename one of them")
-    return keys
+def sample_key(path: bytes, twin: bool = False) -> str:
+    """The key of a sample; of a `twin` (another sample would get the same key) with a hash of its whole path."""
+    if not twin and (plain := _PLAIN.fullmatch(path)) is not None:
+        return plain[1].decode()
+    text = path.decode("utf-8", "surrogateescape")
+    return member_key(text, f"-{xxhash.xxh3_64_hexdigest(path)}" if twin else "")
+
+
+def key_hashes(paths: list[bytes]) -> list[int]:
+    """The 64-bit hash of every sample's key, as the index stores it."""
+    plain, digest = _PLAIN.fullmatch, xxhash.xxh3_64_intdigest
+    return [digest(m[1]) if (m := plain(p)) is not None else digest(sample_key(p).encode()) for p in paths]

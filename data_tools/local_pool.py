@@ -18,10 +18,10 @@ from multiprocessing import connection
 from typing import Any
 
 from data_tools.errors import UserError
-from data_tools.pack import PackedShard, PackTask, pack_shard
+from data_tools.pack import PackedShard
 from data_tools.plan_store import PLAN_FOLDER, read_slice
 from data_tools.progress import REPORT_SECONDS, Board
-from data_tools.storage import remove_leftovers
+from data_tools.tasks import Task, run_task
 
 _WAITING = -1  # in place of the count of images of a task that no worker has begun
 _MAX_LOSSES = 3  # of the pool, in a row, without a shard finished in between
@@ -34,7 +34,7 @@ class LocalPool:
     worker writes: there is no lock that a killed worker could leave held.
     """
 
-    def __init__(self, tasks: list[PackTask], workers: int, board: Board) -> None:
+    def __init__(self, tasks: list[Task], workers: int, board: Board) -> None:
         # Not fork: this process has threads. The fork server imports the packing code once for all workers.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["data_tools.local_pool"])
@@ -97,9 +97,7 @@ class LocalPool:
         self._board.show(sum(c[0] for c in begun), sum(c[1] for c in begun), sum(c[2] for c in begun))
 
     def _remove_leftovers(self) -> None:
-        out = self._tasks[0].out
-        remove_leftovers(out)
-        remove_leftovers(out / PLAN_FOLDER)
+        self._tasks[0].output.remove_leftovers([self._tasks[n].name for n in self._missing])
 
     def _suspects(self) -> str:
         """The images that were being read when the workers died."""
@@ -107,7 +105,8 @@ class LocalPool:
         for number in self._running.values():
             done = self._cells[3 * number]
             if done != _WAITING:
-                slice_ = read_slice(self._tasks[number].out / PLAN_FOLDER, self._tasks[number].shard)
+                pack = self._tasks[number].pack
+                slice_ = read_slice(pack.out / PLAN_FOLDER, pack.shard)
                 paths.append(repr(slice_[min(done, len(slice_) - 1)].path))
         return ", ".join(paths[:8]) or "their start"
 
@@ -134,9 +133,9 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _work(number: int, task: PackTask) -> PackedShard:
+def _work(number: int, task: Task) -> PackedShard:
     _note(number, 0, 0, 0)
-    return pack_shard(task, partial(_note, number))
+    return run_task(task, partial(_note, number))
 
 
 def _note(number: int, done: int, bad: int, source_bytes: int) -> bool:

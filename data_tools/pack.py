@@ -7,10 +7,7 @@ only if its marker does. Memory: one image, a write buffer, and the slice.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import stat
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,34 +17,24 @@ from typing import BinaryIO
 import xxhash
 
 from data_tools import ustar
-from data_tools.errors import UserError
 from data_tools.images import BadImage, check_image
 from data_tools.index import index_bytes, key_hash
 from data_tools.manifest import ShardInfo, index_name
 from data_tools.plan import PlannedSample, PlannedShard, PlanOptions
 from data_tools.plan_store import PLAN_FOLDER, read_slice
+from data_tools.reading import Inputs, SampleReader, UnreadableImage
 from data_tools.storage import atomic_file, write_all, write_atomic
+from data_tools.transform import convert, converts
 
-MAX_FILE_BYTES = 1 << 30  # an image is read whole; more than this is no training image
 _BUFFER_BYTES = 1 << 20  # larger writes gain nothing, and the hash likes cached data
-# The file itself is the trouble, not the disk or the network: retrying does not help.
-_UNREADABLE = {
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ELOOP,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-}
 
 
 @dataclass(frozen=True)
 class PackTask:
-    """One shard to pack into `out`; images lie below `root`."""
+    """One shard to pack into `out`; `inputs` says how to reach its images."""
 
     out: Path
-    root: Path
+    inputs: Inputs
     digest: str
     shard: PlannedShard
     options: PlanOptions
@@ -91,16 +78,17 @@ def pack_shard(task: PackTask, progress: Callable[[int, int, int], bool] | None 
     size or change time differs), OSError for trouble with the disk. Either way nothing of the shard is
     visible.
     """
-    slice_ = read_slice(task.out / PLAN_FOLDER, task.shard)
+    slice_ = read_slice(task.out / PLAN_FOLDER, task.shard, task.inputs.prefixes)
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     bad: list[BadSample] = []
     read = 0
     tar_path = task.out / task.shard.name
-    with atomic_file(tar_path) as file:
+    with atomic_file(tar_path) as file, SampleReader(task.inputs) as reader:
         tar = _HashedWriter(file)
-        for number, sample in enumerate(slice_, 1):
+        for number, (sample, data) in enumerate(reader.read_all(slice_), 1):
             try:
-                data = read_image(task.root, sample)
+                if isinstance(data, BadImage):
+                    raise data
                 read += len(data)
                 rows.append(_append(tar, sample, data, task.options))
             except BadImage as e:
@@ -154,64 +142,24 @@ class _HashedWriter:
 def _append(
     tar: _HashedWriter, sample: PlannedSample, data: bytes, options: PlanOptions
 ) -> tuple[int, int, int, int, int, int, int]:
-    """Writes the image member and, with a label, its `.cls`; returns the index row. Raises BadImage first."""
-    info = check_image(data, options.max_pixels, options.verify)
+    """Writes the image member, with a label its `.cls`, with extra columns its `.json`; returns the index row.
+
+    Raises BadImage before anything is written.
+    """
+    converting = converts(options)
+    info = check_image(data, options.max_pixels, options.verify and not converting)
+    if converting:
+        data, info = convert(data, info, options)
     size = len(data)
     offset = tar.offset + ustar.BLOCK
     tar.write(ustar.header(f"{sample.key}.{info.suffix}", size), data, ustar.padding(size))
     if sample.label >= 0:
         label = b"%d" % sample.label
         tar.write(ustar.header(f"{sample.key}.cls", len(label)), label, ustar.padding(len(label)))
+    if sample.extra:
+        extra = sample.extra.encode()
+        tar.write(ustar.header(f"{sample.key}.json", len(extra)), extra, ustar.padding(len(extra)))
     return key_hash(sample.key), offset, size, zlib.crc32(data), sample.label, info.width, info.height
-
-
-# --- reading ------------------------------------------------------------------------------------------------
-
-
-class UnreadableImage(BadImage):
-    """The file is there but cannot be opened, or is missing since before the plan."""
-
-
-def read_image(root: Path, sample: PlannedSample) -> bytes:
-    """The bytes of one image.
-
-    Raises UnreadableImage where the file cannot be opened or is no ordinary file, UserError where it changed
-    or went away since the plan was made.
-    """
-    path = os.path.join(root, sample.path)
-    try:
-        # O_NONBLOCK: opening a pipe that someone named .jpg must not wait for its other end.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as e:
-        if e.errno not in _UNREADABLE:
-            raise
-        if e.errno == errno.ENOENT and sample.mtime_ns:
-            raise _changed(path, "is gone") from e
-        raise UnreadableImage(f"unreadable: {e.strerror}") from e
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise UnreadableImage("not an ordinary file")
-        if (info.st_size, info.st_mtime_ns) != (sample.size, sample.mtime_ns):
-            raise _changed(path, "was written again")
-        if info.st_size > MAX_FILE_BYTES:
-            raise BadImage(f"{info.st_size} bytes, more than the limit of {MAX_FILE_BYTES}")
-        data = os.read(fd, sample.size)
-        while len(data) < sample.size:
-            more = os.read(fd, sample.size - len(data))
-            if not more:
-                raise _changed(path, "was cut short")
-            data += more
-        return data
-    finally:
-        os.close(fd)
-
-
-def _changed(path: str, what: str) -> UserError:
-    return UserError(
-        f"{path} {what} while the corpus was being sharded; let nothing write there, "
-        "then start again with --overwrite or into another folder"
-    )
 
 
 # --- markers ------------------------------------------------------------------------------------------------

@@ -1,47 +1,50 @@
-"""A plan on disk: `plan/plan.json` (the header) and `plan/samples.jsonl` (one line a sample, in tar order).
+"""A plan on disk: `plan/plan.json` (the header) and `plan/samples-00000.parquet`, ... (the samples in tar order).
 
-Each shard knows its byte range of samples.jsonl, so that a packing task reads its own slice and nothing else.
+Each shard knows where its samples begin, so that a packing task reads its own slice and nothing else.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from data_tools.errors import UserError
+from data_tools.keys import sample_key
 from data_tools.plan import PLAN_VERSION, CorpusSummary, PlannedSample, PlannedShard, PlanOptions, ShardPlan
-from data_tools.storage import atomic_file, write_all, write_atomic
+from data_tools.storage import write_atomic
 
 PLAN_FOLDER = "plan"
+DUPLICATES_NAME = "duplicates.jsonl"
+SLICE_COLUMNS = [
+    "path", "size", "mtime_ns", "label", "extra", "source", "container", "offset", "stored", "codec", "twin",
+]  # fmt: skip
 
 
-def save_plan(plan: ShardPlan, samples: Iterable[PlannedSample], folder: Path) -> ShardPlan:
-    """Writes the plan into `folder` (plan.json last) and returns it with the shards' slices filled in."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rest = iter(samples)
-    shards: list[PlannedShard] = []
-    offset = 0
-    with atomic_file(folder / "samples.jsonl") as file:
-        for shard in plan.shards:
-            data = b"".join(_line(next(rest)) for _ in range(shard.samples))
-            write_all(file, data)
-            shards.append(replace(shard, offset=offset, length=len(data)))
-            offset += len(data)
-    plan = replace(plan, shards=shards)
+def partition_path(folder: Path, number: int) -> Path:
+    return folder / f"samples-{number:05d}.parquet"
+
+
+def save_header(plan: ShardPlan, folder: Path) -> None:
+    """Writes plan.json, which makes the plan exist."""
     write_atomic(folder / "plan.json", (json.dumps(asdict(plan), indent=1) + "\n").encode())
-    return plan
 
 
-def _line(sample: PlannedSample) -> bytes:
-    return json.dumps(list(sample), separators=(",", ":")).encode() + b"\n"
+def remove_plan(folder: Path) -> None:
+    """Deletes the plan in `folder`; plan.json last, so that a kill in between is safe."""
+    for path in (*folder.glob("samples-*.parquet"), folder / DUPLICATES_NAME, folder / "plan.json"):
+        path.unlink(missing_ok=True)
 
 
 def load_plan(folder: Path) -> ShardPlan | None:
-    """The plan in `folder`, None where there is none. Raises UserError for one of another version or
-    damaged."""
+    """The plan in `folder`, None where there is none. Raises UserError for one of another version or damaged."""
     try:
         raw: dict[str, Any] = json.loads((folder / "plan.json").read_bytes())
     except FileNotFoundError:
@@ -53,62 +56,66 @@ def load_plan(folder: Path) -> ShardPlan | None:
             f"{folder} was planned by another release (version {raw.get('version')}, now {PLAN_VERSION}); "
             "finish it with that release, or give another output folder"
         )
+    corpus = raw["corpus"]
     return ShardPlan(
         **{
             **raw,
-            "corpus": CorpusSummary(**raw["corpus"]),
+            "corpus": CorpusSummary(
+                **{**corpus, "roots": tuple(corpus["roots"]), "prefixes": tuple(corpus["prefixes"])}
+            ),
             "options": PlanOptions(**raw["options"]),
             "shards": [PlannedShard(**s) for s in raw["shards"]],
         }
     )
 
 
-def read_slice(folder: Path, shard: PlannedShard) -> list[PlannedSample]:
-    """The samples of one shard, in tar order. Raises UserError where samples.jsonl does not fit the plan."""
-    with open(folder / "samples.jsonl", "rb") as file:
-        file.seek(shard.offset)
-        lines = file.read(shard.length).splitlines()
-    if len(lines) != shard.samples:
-        raise UserError(f"{folder / 'samples.jsonl'} does not fit its plan; delete {folder.parent}")
-    return [PlannedSample(*json.loads(line)) for line in lines]
+def read_slice(folder: Path, shard: PlannedShard, prefixes: tuple[int, ...] = ()) -> list[PlannedSample]:
+    """The samples of one shard, in tar order. Raises UserError where the tables do not fit the plan.
+
+    prefixes: those of the plan's corpus, where it has several sources; only `place` needs them.
+    """
+    samples: list[PlannedSample] = []
+    partition, row = shard.partition, shard.row
+    while len(samples) < shard.samples:
+        path = partition_path(folder, partition)
+        try:
+            table = _rows(path, row, shard.samples - len(samples))
+        except (OSError, pa.ArrowInvalid) as e:
+            raise UserError(f"{path} does not fit its plan ({e}); delete {folder.parent}") from e
+        if not table.num_rows:
+            raise UserError(f"{path} does not fit its plan; delete {folder.parent}")
+        samples += _samples(table, prefixes)
+        partition, row = partition + 1, 0
+    return samples
+
+
+def _rows(path: Path, start: int, length: int) -> pa.Table:
+    """Rows [start, start + length) of a table, fewer at its end; reads only the row groups that hold them."""
+    with pq.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        ends = np.cumsum(groups)
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = min(int(np.searchsorted(ends, start + length)), len(groups) - 1)
+        if first >= len(groups):
+            return file.schema_arrow.empty_table()
+        table = file.read_row_groups(list(range(first, last + 1)), columns=SLICE_COLUMNS)
+        return table.slice(start - (int(ends[first - 1]) if first else 0), length)
+
+
+def _samples(table: pa.Table, prefixes: tuple[int, ...]) -> list[PlannedSample]:
+    columns = [table.column(name).to_pylist() for name in SLICE_COLUMNS]
+    return [
+        PlannedSample(
+            sample_key(path, twin), os.fsdecode(path), size, mtime, label, extra or "", source,
+            os.fsdecode(container or path[prefixes[source] if prefixes else 0 :]), offset, stored, codec,
+        )
+        for path, size, mtime, label, extra, source, container, offset, stored, codec, twin in zip(*columns)
+    ]  # fmt: skip
 
 
 def iter_samples(folder: Path) -> Iterator[PlannedSample]:
-    """All samples of the plan in `folder`, in tar order."""
-    with open(folder / "samples.jsonl", "rb") as file:
-        for line in file:
-            yield PlannedSample(*json.loads(line))
-
-
-# --- continuing ---------------------------------------------------------------------------------------------
-
-
-def describe_change(old: ShardPlan, new: ShardPlan, samples: list[PlannedSample], folder: Path) -> str | None:
-    """What keeps a run with plan `new` from continuing `old`; None where it can go on."""
-    before, now = asdict(old.options), asdict(new.options)
-    changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
-    if old.corpus.digest != new.corpus.digest or old.classes != new.classes:
-        changed.append(_corpus_change(samples, folder))
-    elif old.corpus.mtimes != new.corpus.mtimes:
-        changed.append(f"files were written again since ({_first_rewritten(samples, folder)})")
-    elif old.digest != new.digest and not changed:
-        changed.append("the kind of corpus")
-    return "; ".join(changed) or None
-
-
-def _corpus_change(samples: list[PlannedSample], folder: Path) -> str:
-    before = {s.path: (s.size, s.label) for s in iter_samples(folder)}
-    now = {s.path: (s.size, s.label) for s in samples}
-    groups = {
-        "new": sorted(now.keys() - before.keys()),
-        "gone": sorted(before.keys() - now.keys()),
-        "of another size or label": sorted(p for p in before.keys() & now.keys() if before[p] != now[p]),
-    }
-    parts = [f"{len(paths)} {what} (first: {paths[0]!r})" for what, paths in groups.items() if paths]
-    return "the corpus changed: " + (", ".join(parts) or "its order, its splits or its classes")
-
-
-def _first_rewritten(samples: list[PlannedSample], folder: Path) -> str:
-    before = {s.path: s.mtime_ns for s in iter_samples(folder)}
-    paths = [s.path for s in samples if before.get(s.path) != s.mtime_ns]
-    return f"{len(paths)}, the first is {min(paths)!r}"
+    """All samples of the plan in `folder`, in tar order, one table after the other."""
+    for path in sorted(folder.glob("samples-*.parquet")):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=SLICE_COLUMNS):
+                yield from _samples(pa.Table.from_batches([batch]), ())

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from data_tools.pack import PackedShard
-from data_tools.plan import ShardPlan
+from data_tools.plan import PlannedShard, ShardPlan
 
 REPORT_SECONDS = 0.2
 LINE_SECONDS = 5.0  # between two lines where there is no terminal
@@ -33,9 +33,13 @@ class Progress:
 class Board:
     """Sums progress over tasks and passes it on, a few times a second."""
 
-    def __init__(self, plan: ShardPlan, report: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self, plan: ShardPlan, report: Callable[[Progress], None] | None, part: list[PlannedShard] | None = None
+    ) -> None:
+        """`part`: the shards that this run is to pack, where it is not the whole plan."""
         self._report = report
-        self._total, self._total_shards = plan.corpus.samples, len(plan.shards)
+        shards = plan.shards if part is None else part
+        self._total, self._total_shards = sum(s.samples for s in shards), len(shards)
         self._earlier = self._done = self._bad = self._bytes = self._shards = 0
         self._last = 0.0
 

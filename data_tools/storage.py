@@ -1,26 +1,31 @@
-"""Files that appear whole or not at all, and a lock on a folder.
+"""Files that appear whole or not at all, a lock on a folder, and the way to object stores.
 
-Every file is written under a temporary name in its own folder, synced, then renamed: after a power cut there
-is the old file, the new file, or a leftover that `remove_leftovers` deletes. Imports the standard library
-only.
+Every local file is written under a temporary name in its own folder, synced, then renamed: after a power cut
+there is the old file, the new file, or a leftover that `remove_leftovers` deletes. Imports the standard library
+only; fsspec inside the functions that need it.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from data_tools.errors import UserError
 
 # A leading dot and no known suffix: no glob for tars or indexes takes a leftover for a finished file.
-_LEFTOVER = re.compile(r"^\..+\.tmp-[0-9a-f]{8}$")
+_LEFTOVER = re.compile(r"^\.(.+)\.tmp-[0-9a-f]{8}$")
+_URL = re.compile(r"^([a-z][a-z0-9+.-]*)(://|::)")
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -67,25 +72,30 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Deletes what a killed run left half-written in `folder`; only safe under its lock. Returns how many."""
-    leftovers = [p for p in folder.iterdir() if _LEFTOVER.match(p.name)]
+def remove_leftovers(folder: Path, names: Collection[str] | None = None) -> int:
+    """Deletes what a killed run left half-written in `folder`; returns how many.
+
+    Safe only where nobody else is writing: under the folder's exclusive lock, or for those final `names` alone
+    that the caller is the only one to write.
+    """
+    found = [(p, _LEFTOVER.match(p.name)) for p in folder.iterdir()]
+    leftovers = [p for p, match in found if match and (names is None or match[1] in names)]
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)
 
 
 @contextmanager
-def lock_folder(folder: Path, path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the file `path` while the block runs; the kernel drops it when the process
-    dies.
+def lock_folder(folder: Path, path: Path, shared: bool = False) -> Iterator[None]:
+    """Holds a lock on the file `path` while the block runs; the kernel drops it when the process dies.
 
-    Raises UserError, naming `folder`, where another process holds it.
+    The lock is exclusive, or `shared` with others that ask for a shared one. Raises UserError, naming `folder`,
+    where another process holds it.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno in (errno.EAGAIN, errno.EACCES):
                 holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
@@ -97,8 +107,94 @@ def lock_folder(folder: Path, path: Path) -> Iterator[None]:
                 raise
             # A file system without locks (some Lustre mounts): go on; commits are atomic and deterministic,
             # so two runs at once waste work but damage nothing.
-        os.ftruncate(fd, 0)
+        if not shared:
+            os.ftruncate(fd, 0)
         os.pwrite(fd, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         yield
     finally:
         os.close(fd)
+
+
+# --- object stores ------------------------------------------------------------------------------------------
+
+RETRY_SECONDS = 120.0  # how long a store may be out of reach before a run gives up
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
+# Trying again does not help: the name, the permission or the request is wrong.
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_PERMANENT_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.EBADF}
+
+
+def is_url(place: str | os.PathLike[str]) -> bool:
+    """Is this `s3://...`, `gs://...`, `https://...` and the like, for fsspec, rather than a local path?"""
+    return _URL.match(os.fspath(place)) is not None
+
+
+def join(place: str, name: str) -> str:
+    """`name` below the folder or URL `place`."""
+    return f"{place.rstrip('/')}/{name}"
+
+
+def parse_storage_options(texts: Collection[str]) -> dict[str, Any]:
+    """fsspec's arguments from the command line: each text is a JSON object, `key=value` or `key.sub=value`.
+
+    A value that is JSON is taken as such (`anon=true`), anything else as text. Raises UserError otherwise.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        if text.lstrip().startswith("{"):
+            try:
+                options |= json.loads(text)
+            except ValueError as e:
+                raise UserError(f"--storage-options {text}: not JSON ({e})") from e
+            continue
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"--storage-options {text}: neither key=value nor a JSON object")
+        *parents, last = key.split(".")
+        target = options
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        try:
+            target[last] = json.loads(value)
+        except ValueError:
+            target[last] = value
+    return options
+
+
+def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, str]:
+    """fsspec's file system for `url`, and the path of `url` in it. Raises UserError where its package is missing."""
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, path = url_to_fs(url, **(options or {}))
+    except ImportError as e:
+        raise UserError(f"{url}: {e}; for s3:// install the extra `s3`") from e
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{url}: {e}; see --storage-options") from e
+    return fs, str(path)
+
+
+def retrying(action: Callable[[], Result], what: str, seconds: float | None = None) -> Result:
+    """`action()`, tried again with growing pauses for up to `seconds` while its errors may pass.
+
+    Missing names, refused permissions and full disks are raised at once; after the last try a UserError says
+    `what` failed.
+    """
+    begin, pause = time.monotonic(), _FIRST_PAUSE
+    limit = RETRY_SECONDS if seconds is None else seconds
+    while True:
+        try:
+            return action()
+        except (UserError, *_PERMANENT):
+            raise
+        except Exception as e:  # client libraries raise their own kinds: botocore's are no OSError
+            if isinstance(e, (TypeError, ValueError)) or getattr(e, "errno", None) in _PERMANENT_ERRNO:
+                raise
+            if time.monotonic() - begin + pause > limit:
+                tried = time.monotonic() - begin
+                raise UserError(
+                    f"{what}: {str(e) or type(e).__name__} (tried for {tried:.0f} s); what is committed stays: "
+                    "run the same command to go on"
+                ) from e
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)

@@ -239,6 +239,9 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         c.optimizer.clip_grad_norm or 0.0,
         c.train.compile,
         c.train.activation_checkpointing,
+        c.train.offload,
+        c.train.shard_size or 0,
+        c.train.reshard_after_forward,
     )
     engine = make_engine(model, param_groups(model, c.optimizer.weight_decay), loss_fn, options, world)
     keep_every = c.checkpoint.keep_every

@@ -16,7 +16,7 @@ from typing import Any
 
 from data_tools.errors import UserError
 from pipeline.config import Config, diff_configs, load_config, to_yaml
-from pipeline.run import RunFolder, replace_file
+from pipeline.run import RunFolder, read_lines, replace_file
 
 EXIT_SAVED = 75  # EX_TEMPFAIL, "try again": saved before the end, to be continued
 SMOKE_STEPS = 3
@@ -43,7 +43,7 @@ def run_training(config: Config, allow: set[str]) -> int:
         problem = None
         if world.is_main:
             try:
-                take_over_run(config, allow)
+                _held = take_over_run(config, allow)  # the lock goes with the object: kept until this returns
             except UserError as e:
                 problem = str(e)
         problem = world.broadcast(problem)
@@ -129,8 +129,8 @@ def run_smoke(config: Config) -> int:
             Trainer(build(config, world)).train(stop_at=SMOKE_STEPS)
             trainer = Trainer(build(config, world))
             trainer.train()
-            resumed = trainer.step == SMOKE_STEPS + 1 and trainer.attempt == 1
-            if not resumed:
+            resumed = [e["step"] for e in read_lines(RunFolder(folder).events) if e["event"] == "resume"]
+            if world.is_main and resumed != [SMOKE_STEPS]:
                 raise UserError("smoke test: the run did not resume from its own checkpoint")
             if world.is_main:
                 evaluated = f", evaluated {trainer.metrics['samples']:.0f} samples" if trainer.metrics else ""

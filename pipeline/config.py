@@ -34,6 +34,7 @@ __all__ = [
     "DataConfig",
     "Duration",
     "EvalConfig",
+    "HealthConfig",
     "LaunchConfig",
     "LoadedConfig",
     "LoggingConfig",
@@ -130,6 +131,9 @@ class TrainConfig:
     global_batch_size: int = 1024
     micro_batch_size: int | str = "auto"
     strategy: str = "auto"
+    shard_size: int | None = None  # hsdp: ranks that share one copy of the state; None: those of a node
+    reshard_after_forward: bool = True  # fsdp, hsdp: False keeps gathered weights until the backward pass
+    offload: str = "none"
     precision: str = "bf16"
     compile: str = "none"
     activation_checkpointing: str = "none"
@@ -147,6 +151,7 @@ class EvalConfig:
 class CheckpointConfig:
     every: str = "15 min"
     keep_last: int = 3
+    background: bool = True  # write beside training, from a copy in host memory
     keep_every: str | None = None
 
 
@@ -154,6 +159,15 @@ class CheckpointConfig:
 class LoggingConfig:
     every: str = "50 steps"
     to: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+
+@dataclass
+class HealthConfig:
+    """What to do when training goes wrong without an error."""
+
+    max_skipped: int = 5  # steps with a non-finite loss or gradient in a row; then back to the last checkpoint
+    timeout: str = "30 min"  # without a step: the stacks are dumped, the processes end and are started again
+    spike_factor: float | None = None  # a loss above this multiple of its running mean counts as such a step too
 
 
 @dataclass
@@ -177,6 +191,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
@@ -193,10 +208,11 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "loss.name": ("softmax_xent", "sigmoid_xent"),
     "optimizer.name": ("adamw",),
     "scheduler.name": ("linear", "cosine", "constant"),
-    "train.strategy": ("auto", "ddp", "fsdp", "zero1", "zero2", "zero3"),
+    "train.strategy": ("auto", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"),
     "train.precision": ("bf16", "fp32"),
     "train.compile": ("none", "block", "model"),
-    "train.activation_checkpointing": ("none", "block"),
+    "train.offload": ("none", "optimizer"),
+    "train.activation_checkpointing": ("none", "block", "selective"),
     "logging.to": ("tensorboard", "wandb"),
 }
 
@@ -238,12 +254,16 @@ _ON_RESUME: dict[str, Kind] = {
     "train.micro_batch_size": "free",
     "train.strategy": "free",
     "train.precision": "free",
+    "train.shard_size": "free",
+    "train.reshard_after_forward": "free",
+    "train.offload": "free",
     "train.compile": "free",
     "train.activation_checkpointing": "free",
     "train.ema_decay": "declared",
     "eval.*": "free",
     "checkpoint.*": "free",
     "logging.*": "free",
+    "health.*": "free",
     "launch.*": "free",
 }
 
@@ -666,6 +686,9 @@ def _range_problems(config: Config) -> Iterator[str]:
         "checkpoint.keep_last": 1,
         "launch.nproc": 1,
         "launch.max_restarts": 0,
+        "train.shard_size": 1,
+        "health.max_skipped": 1,
+        "health.spike_factor": 1,
         "optimizer.weight_decay": 0,
     }
     for key, low in at_least.items():
@@ -715,7 +738,9 @@ _DURATIONS = (
     "checkpoint.every",
     "checkpoint.keep_every",
     "logging.every",
+    "health.timeout",
 )
+_TIMES = ("checkpoint.every", "health.timeout")  # may be, and must be, a time; nothing else may depend on a clock
 
 
 def _duration_problems(config: Config) -> Iterator[str]:
@@ -729,8 +754,10 @@ def _duration_problems(config: Config) -> Iterator[str]:
         except UserError as error:
             yield f"{key}: {error}"
             continue
-        if duration.is_time and key != "checkpoint.every":
+        if duration.is_time and key not in _TIMES:
             yield f"{key}: '{text}' is a time (only checkpoint.every may be); write steps, epochs or samples"
+        elif not duration.is_time and key == "health.timeout":
+            yield f"{key}: '{text}' is not a time; write for example '30 min'"
         elif duration.value == 0 and key != "scheduler.warmup":
             off = "; write null for never" if type(None) in _alternatives(_schema()[key]) else ""
             yield f"{key}: '{text}' must be longer than nothing{off}"
@@ -753,6 +780,12 @@ def _cross_problems(config: Config) -> Iterator[str]:
         )
     if data.val == "none" and config.eval.every is not None:
         yield "eval.every is set but data.val is none: give data.val a data set, or write eval.every=null"
+    if train.strategy == "zero3" and train.activation_checkpointing == "selective":
+        # Measured: DeepSpeed frees gathered weights that the kept GEMMs' gradients need; losses differ at step 3
+        yield (
+            "train.activation_checkpointing=selective gives wrong gradients under train.strategy=zero3; "
+            "write block, or another strategy"
+        )
     warmup, duration = _length(config.scheduler.warmup, total), _length(train.duration, total)
     if warmup and duration and warmup[1] == duration[1] and warmup[0] >= duration[0]:
         yield (

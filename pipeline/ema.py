@@ -38,7 +38,8 @@ class WeightAverage:
         if self._decay is not None:
             average = [p.data for p in self._average if p.data.numel()]
             weights = [p.data for p in self._weights() if p.data.numel()]
-            torch._foreach_lerp_(average, weights, 1 - self._decay)
+            if average:  # a rank may hold nothing: of a small replicated model rank 0 writes, and averages, all
+                torch._foreach_lerp_(average, weights, 1 - self._decay)
 
     def pieces(self) -> Iterator[Piece]:
         return iter(self._average)

@@ -39,10 +39,11 @@ def evaluate(
         logits = predict(batch)
         labels = batch.labels.to(logits.device)
         weights = batch.weights.to(logits.device, torch.float64)
-        # The rank of the true class counts strictly better logits: exact top-k without sorting; ties with lower
-        # indices go first, as argmax has it
+        # The rank of the true class counts the classes that are not behind it: exact top-k without sorting. Ties with
+        # lower indices go first, as argmax has it; NaN is behind nothing and nothing is behind it
         truth = logits.gather(1, labels[:, None])
-        ahead = (logits > truth).sum(1) + ((logits == truth) & (_columns(logits) < labels[:, None])).sum(1)
+        behind = (logits < truth).sum(1) + ((logits == truth) & (_columns(logits) >= labels[:, None])).sum(1)
+        ahead = logits.shape[1] - behind
         total += torch.stack(
             [
                 ((ahead < 1) * weights).sum(),

@@ -59,8 +59,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held on purpose
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A POSIX lock is the process' own: data workers that outlive a killed trainer by some seconds do not hold
+            # it (they would inherit a flock), so a restart is not kept out
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             self._lock.seek(0)
             raise UserError(
                 f"{self.path}: another training writes into this run folder ({self._lock.read().strip()}); "
@@ -122,10 +124,14 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """One JSON object a line, in one write: a crash can cut only the last line, which readers then leave out."""
+    """One JSON object a line, in one write. A line that a crash cut short is closed first, and left out by readers."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
-        f.write(json.dumps(line) + "\n")
+    with open(path, "ab+") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                f.write(b"\n")
+        f.write(json.dumps(line).encode() + b"\n")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -7,10 +7,11 @@ all-reduce.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -19,14 +20,18 @@ from data_tools.errors import UserError
 from pipeline.build import Parts
 from pipeline.checkpoint.layout import CheckpointError, CheckpointReader
 from pipeline.checkpoint.manager import best_step, step_folder
+from pipeline.checkpoint.stager import BackgroundSaver, SaveResult
 from pipeline.data.loader import Batch, eval_batches, step_digest, train_batches
+from pipeline.duration import Duration
 from pipeline.evaluate import EvalResult, evaluate
+from pipeline.health import SickSteps, Watchdog, slowest_rank
 from pipeline.metrics import Display, MetricWriter, image_grid, token_mixing_picture
 from pipeline.optim import lr_scale
 from pipeline.parallel.engine import StepStats
 from pipeline.run import append_line
 
 Outcome = Literal["finished", "stopped"]
+RETRY_SAVE_SECONDS = 60.0
 
 
 class StopFlag:
@@ -54,6 +59,7 @@ class Clock:
     since: float
     steps: int = 0
     data_wait: float = 0.0
+    last_wait: float = 0.0
     stall: float = 0.0  # saving
 
     @staticmethod
@@ -69,10 +75,14 @@ class Trainer:
         self.engine, self.run, self.schedule = parts.engine, parts.run, parts.schedule
         self.step = self.samples = 0  # completed so far
         self.metrics: dict[str, float] = {}  # of the last evaluation, valid at `self.evaluated_at`
-        self.evaluated_at = self.saved_at = -1
+        self.evaluated_at = self.saved_at = self._save_begun_at = -1
         self.bad_samples = 0
         self.flag = StopFlag()
-        self._last_save = time.monotonic()
+        self._last_save, self._retry_save_at = time.monotonic(), math.inf
+        h = self.config.health
+        self.sick = SickSteps(h.max_skipped, h.spike_factor)
+        self._positions: dict[int, tuple[int, int]] = {}  # step -> (epoch, position), of the latest steps
+        self._own_seconds: list[float] = []
         self._quiet = quiet or not self.world.is_main
         self._writer: MetricWriter | None = None
 
@@ -86,23 +96,35 @@ class Trainer:
         """
         self.flag.install()
         self._start()
-        for batches in self._timed(self._batches()):
-            self._show_batch(batches[0])
-            stats, norm = self.engine.train_step(batches, self.learning_rate())
-            self._complete_step(batches)
-            if self._due(self.schedule.log_every):
-                self._log(stats, norm)
-            else:
-                self._display.step(self.step)
-            finished = self.step >= min(self.schedule.total_steps, stop_at or self.schedule.total_steps)
-            if finished or (self.schedule.eval_every and self._due(self.schedule.eval_every)):
-                self._evaluate()
-            save, stop = self._agree()
-            if save or stop or finished or self._is_best():
-                self._save()
-            if finished or stop:
-                break
+        end = min(self.schedule.total_steps, stop_at or self.schedule.total_steps)
+        stop = self.step >= end
+        while not stop:
+            for batches in self._timed(self._batches()):
+                stop = self._step(batches, end)
+                if stop or self.sick.must_roll_back:
+                    break
+            if not stop:
+                self._roll_back()
         return self._end()
+
+    def _step(self, batches: list[Batch], end: int) -> bool:
+        """One optimizer step and what is due after it. True when training ends here."""
+        self._show_batch(batches[0])
+        stats, norm = self.engine.train_step(batches, self.learning_rate())
+        self._complete_step(batches)
+        self.sick.add(self.step, stats.loss / stats.weight.clamp(min=1), norm)
+        self._watchdog.beat()
+        if self._due(self.schedule.log_every):
+            self._log(stats, norm)
+        else:
+            self._display.step(self.step)
+        finished = self.step >= end
+        if finished or (self.schedule.eval_every and self._due(self.schedule.eval_every)):
+            self._evaluate()
+        save, stop = self._agree()
+        if (save or stop or finished or self._is_best()) and not self.sick.in_a_row:
+            self._save()
+        return finished or stop
 
     def learning_rate(self) -> float:
         c = self.config.scheduler
@@ -133,7 +155,8 @@ class Trainer:
             batch = next(batches, None)
             if batch is None:
                 return
-            self._clock.data_wait += time.perf_counter() - started
+            self._clock.last_wait = time.perf_counter() - started
+            self._clock.data_wait += self._clock.last_wait
             yield batch
 
     def _due(self, every: int) -> bool:
@@ -142,6 +165,7 @@ class Trainer:
     def _complete_step(self, batches: list[Batch]) -> None:
         """Books the step: ledger, order, average, counts."""
         order, share = self.parts.order, self.parts.share
+        self._own_seconds.append(self.engine.own_seconds + self._clock.last_wait)
         errors = [e for b in batches for e in b.errors]
         digest = step_digest(order.state.position, share, batches)
         append_line(
@@ -159,6 +183,8 @@ class Trainer:
         if errors:
             self.bad_samples += len(errors)
             print(f"rank {self.world.rank}: bad sample, counted with weight 0: {errors[0]}", flush=True)
+        self._positions[self.step + 1] = order.state.epoch, order.state.position
+        self._positions.pop(self.step + 1 - 10 * self.sick.max_in_a_row - 100, None)
         order.state = order.next_state(order.state)
         self.parts.average.update()
         self.step += 1
@@ -169,15 +195,22 @@ class Trainer:
         """(save now, stop now), the same on all ranks; looked at every few steps only, where steps are short."""
         if self.step % self.schedule.agree_every and self.step < self.schedule.total_steps:
             return False, False
+        self._book(self.saver.poll())
+        for step, why in self.sick.look():
+            if self.world.is_main:
+                self.run.record("sick", attempt=self.attempt, step=step, why=why)
+                self._display.say(f"warning: step {step}: {why}")
         every = self.schedule.save_every
         if isinstance(every, int):
             due = self._due(every)
         else:  # a clock: rank 0's counts
             due = self.world.is_main and time.monotonic() - self._last_save >= every
+        due = due or (self.world.is_main and time.monotonic() >= self._retry_save_at)
         save, stop, bad = self.world.sum([due, self.flag.name is not None, self.bad_samples])
         seen = max(self.samples, self.parts.order.num_samples)
         if bad > self.config.data.max_bad_fraction * seen:
             self._save()
+            self._finish_saving()
             raise UserError(
                 f"{int(bad)} samples could not be read, more than data.max_bad_fraction="
                 f"{self.config.data.max_bad_fraction:g} of {seen:,}; see `masked` in {self.run.path}/ledger, check the "
@@ -191,12 +224,16 @@ class Trainer:
         """Fresh start or resume: the same procedure, only the source of the state differs."""
         parts, world = self.parts, self.world
         started = time.perf_counter()
+        timeout = Duration.parse(self.config.health.timeout).seconds()
+        self._watchdog = Watchdog(timeout, self.run.path / "logs" / f"stacks-rank-{world.rank:05d}.txt")
+        self.saver = BackgroundSaver(parts.checkpoints, world, background=self.config.checkpoint.background)
         self.engine.warm_up(parts.blank_batch())
         reader = parts.checkpoints.newest_good(warn=self._warn_damage)
         state = parts.load(reader)
         self.step, self.samples = state.get("step", 0), state.get("samples", 0)
         self.schedule = parts.schedule
-        self.saved_at = self.step if reader else -1
+        self.saved_at = self._save_begun_at = self.step if reader else -1
+        self.saver.prepare([*self.engine.owned(), *parts.average.pieces()])
         running = self.engine.verify()
         self.attempt = world.broadcast(self.run.next_attempt() if world.is_main else None)
         parts.checkpoints.clean()
@@ -228,6 +265,8 @@ class Trainer:
         self._show_next_batch = True
 
     def _end(self) -> Outcome:
+        self._finish_saving()
+        self._watchdog.stop()
         finished = self.step >= self.schedule.total_steps
         outcome: Outcome = "finished" if finished else "stopped"
         if self.world.is_main:
@@ -258,33 +297,102 @@ class Trainer:
     # -- now and then -----------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Saves this step, once. A failed save warns and training goes on: the last good checkpoint stays."""
-        if self.saved_at == self.step:
+        """Begins to save this step, once; what is written is a copy, so training goes on meanwhile."""
+        if self._save_begun_at == self.step:
             return
-        metrics = self.metrics if self.evaluated_at == self.step else {}
-        written_by = {"world_size": self.world.size, "strategy": self.config.train.strategy}
-        tensors = self.engine.tensors() | self.parts.average.tensors()
         started = time.perf_counter()
-        try:
-            seconds = self.parts.checkpoints.save(
-                self.step,
-                tensors,
-                [*self.engine.owned(), *self.parts.average.pieces()],
-                self.state(),
-                metrics=metrics,
-                written_by={**written_by, "attempt": self.attempt},
-            )
-        except CheckpointError as e:
-            if self.world.is_main:
-                self.run.record("save_failed", attempt=self.attempt, step=self.step, why=str(e))
-                self._display.say(f"warning: checkpoint at step {self.step} failed, the previous one stays: {e}")
-        else:
-            self.saved_at = self.step
-            if self.world.is_main:
-                self.run.record("save", attempt=self.attempt, step=self.step, seconds=round(seconds, 3), **written_by)
-                self._show_weights()
-        self._last_save = time.monotonic()
+        self._save_begun_at = self.step
+        metrics = self.metrics if self.evaluated_at == self.step else {}
+        previous = self.saver.save(
+            self.step,
+            [*self.engine.owned(), *self.parts.average.pieces()],
+            tensors=self.engine.tensors() | self.parts.average.tensors(),
+            state=self.state(),
+            metrics=metrics,
+            written_by={**self._written_by(), "attempt": self.attempt},
+        )
+        self._last_save, self._retry_save_at = time.monotonic(), math.inf
         self._clock.stall += time.perf_counter() - started
+        self._book(previous)
+
+    def _book(self, result: SaveResult | None) -> None:
+        """Takes note of how a save ended. A failed one warns and is tried again; the last good checkpoint stays."""
+        if result is None:
+            return
+        if result.error:
+            self._retry_save_at = time.monotonic() + RETRY_SAVE_SECONDS
+            if self._save_begun_at == result.step:
+                self._save_begun_at = -1
+            if self.world.is_main:
+                self.run.record("save_failed", attempt=self.attempt, step=result.step, why=result.error)
+                self._display.say(
+                    f"warning: checkpoint at step {result.step} failed, the previous one stays: {result.error}"
+                )
+            return
+        self.saved_at = result.step
+        if self.world.is_main:
+            seconds = {"seconds": round(result.seconds, 3), "stall": round(result.stall, 4)}
+            self.run.record("save", attempt=self.attempt, step=result.step, **seconds, **self._written_by())
+            self._show_weights(result.step)
+
+    def _finish_saving(self) -> None:
+        """Waits for the save in flight; tries again where the last one failed.
+
+        Raises:
+            CheckpointError: this step could not be saved in three tries.
+        """
+        tries = 3
+        while True:
+            self._book(self.saver.wait())
+            if self._save_begun_at == self.step or self.sick.in_a_row:
+                return
+            if not tries:
+                raise CheckpointError(
+                    f"step {self.step} could not be saved; {self.run.path} stands at step {self.saved_at}. See "
+                    f"save_failed in {self.run.events}, then `mixer resume {self.run.path}`"
+                )
+            tries -= 1
+            self._save()
+
+    def _written_by(self) -> dict[str, Any]:
+        return {"world_size": self.world.size, "strategy": self.config.train.strategy}
+
+    def _roll_back(self) -> None:
+        """Back to the last good checkpoint, and past the samples on which training went wrong.
+
+        Raises:
+            UserError: there is no checkpoint to go back to.
+        """
+        first, last = self.sick.in_a_row[0], self.sick.in_a_row[-1]
+        batch = self.config.train.global_batch_size
+        skips = tuple((epoch, at, at + batch) for epoch, at in (self._positions[s] for s in range(first, last + 1)))
+        self.sick.forget()
+        self._book(self.saver.wait())
+        reader = self.parts.checkpoints.newest_good(warn=self._warn_damage)
+        if reader is None:
+            raise UserError(
+                f"steps {first} to {last} had no finite update and there is no checkpoint to go back to: "
+                "lower optimizer.lr, lengthen scheduler.warmup, or look at the data"
+            )
+        state = self.parts.load(reader)
+        order = self.parts.order
+        order.state = order.settle(replace(order.state, skips=order.state.skips + skips))
+        self.step, self.samples = state["step"], state["samples"]
+        self.saved_at = self._save_begun_at = self.step
+        self.attempt = self.world.broadcast(self.run.next_attempt() if self.world.is_main else None)
+        if self.world.is_main:
+            self.run.record(
+                "rollback",
+                attempt=self.attempt,
+                step=self.step,
+                sick=[first, last],
+                skipped=skips,
+                **self._written_by(),
+            )
+            self._display.say(
+                f"steps {first} to {last} had no healthy update: back to step {self.step}, and past their samples"
+            )
+        self._clock = Clock.now()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
@@ -294,7 +402,7 @@ class Trainer:
             "optimizer_step": self.engine.optimizer_step,
             "order": self.parts.order.state.to_dict(),
             "global_batch_size": self.config.train.global_batch_size,
-            "written_by": {"world_size": self.world.size, "strategy": self.config.train.strategy},
+            "written_by": self._written_by(),
         }
 
     def _evaluate(self) -> None:
@@ -345,6 +453,10 @@ class Trainer:
             end_factor=self.config.scheduler.end_factor,
         )
         elapsed = time.perf_counter() - self._clock.since
+        slow = slowest_rank(self._own_seconds, self.world)
+        self._own_seconds.clear()
+        if slow and self.world.is_main:
+            self._display.say(slow)
         images = self._clock.steps * self.config.train.global_batch_size
         rate = images / elapsed
         values = {
@@ -394,14 +506,14 @@ class Trainer:
             self._writer.image(self.step, "train/batch", image_grid(batch.images[:32].float() / 255))
         self._show_next_batch = False
 
-    def _show_weights(self) -> None:
+    def _show_weights(self, step: int) -> None:
         """First token-mixing weights as pictures, read from the checkpoint just written: no rank has to gather."""
         size, patch = self.config.model.image_size, self.parts.patch_size
         name = "blocks.0.mlp_tokens.fc1.weight"
         if self._writer and patch and (name, "weight") in self.engine.tensors():
-            weight = CheckpointReader(step_folder(self.run.checkpoints, self.step)).tensor(name)
+            weight = CheckpointReader(step_folder(self.run.checkpoints, step)).tensor(name)
             self._writer.image(
-                self.step, "weights/token_mixing_0", token_mixing_picture(weight, size // patch, size // patch)
+                step, "weights/token_mixing_0", token_mixing_picture(weight, size // patch, size // patch)
             )
 
     def _warn_damage(self, text: str) -> None:

@@ -149,7 +149,7 @@ class CheckpointManifest:
     def to_json(self) -> str:
         raw = asdict(self)
         raw["tensors"] = [[name, kind, list(shape)] for (name, kind), shape in self.tensors.items()]
-        return json.dumps(raw, separators=(",", ":")) + "\n"
+        return _dumps({**raw, "hash": _manifest_hash(raw)}) + "\n"
 
     @staticmethod
     def load(folder: Path) -> CheckpointManifest:
@@ -161,6 +161,8 @@ class CheckpointManifest:
                     f"{folder}: checkpoint format {raw['version']}, this release reads "
                     f"{FORMAT_VERSION}; upgrade the package"
                 )
+            if raw.pop("hash") != _manifest_hash(raw):
+                raise ValueError("its hash does not fit its content")
             raw["tensors"] = {(n, k): tuple(s) for n, k, s in raw["tensors"]}
             raw["files"] = [FileRecord(**{**f, "pieces": [tuple(p) for p in f["pieces"]]}) for f in raw["files"]]
             return CheckpointManifest(**raw)
@@ -168,6 +170,14 @@ class CheckpointManifest:
             raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(f"{folder}/{MANIFEST} is damaged ({type(e).__name__}: {e})") from e
+
+
+def _dumps(raw: dict[str, Any]) -> str:
+    return json.dumps(raw, separators=(",", ":"))
+
+
+def _manifest_hash(raw: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(_dumps(raw).encode())
 
 
 class CheckpointReader:

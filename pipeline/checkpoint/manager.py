@@ -120,14 +120,21 @@ class CheckpointManager:
         """
         started = time.perf_counter()
         folder = step_folder(self.root, step)
-        self._together(lambda: self._prepare(folder) if self.world.is_main else None)
         name = f"rank-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
-        records = self._together(lambda: write_pieces(folder / name, pieces))
-        self._together(
-            lambda: (
-                self._commit(folder, step, tensors, records, state, metrics, written_by) if self.world.is_main else None
+        try:
+            self._together(lambda: self._prepare(folder) if self.world.is_main else None)
+            records = self._together(lambda: write_pieces(folder / name, pieces))
+            self._together(
+                lambda: (
+                    self._commit(folder, step, tensors, records, state, metrics, written_by)
+                    if self.world.is_main
+                    else None
+                )
             )
-        )
+        except CheckpointError:
+            if self.world.is_main and not (folder / MANIFEST).exists():
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk must not stay full of debris
+            raise
         return time.perf_counter() - started
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
@@ -195,18 +202,29 @@ class CheckpointManager:
             CheckpointError: checkpoints exist, but not one of them is whole.
         """
         steps = self.world.broadcast(committed_steps(self.root)[::-1])
+        damaged: dict[int, str] = {}
         for step in steps:
-            damage = self._damage(step_folder(self.root, step))
+            folder = step_folder(self.root, step)
+            damage = self._damage(folder)
             if damage is None:
-                return CheckpointReader(step_folder(self.root, step))
-            if self.world.is_main:
-                warn(f"checkpoint step-{step} is damaged and left aside: {damage}")
-        if steps:
+                if self.world.is_main:
+                    self._set_aside(damaged, warn)
+                return CheckpointReader(folder)
+            damaged[step] = damage
+        if damaged:  # a start from the beginning must be somebody's decision
             raise CheckpointError(
-                f"no checkpoint in {self.root} is whole ({len(steps)} were tried); restore one from "
-                "a copy, or move the folder away to start from the beginning"
+                f"no checkpoint in {self.root} is whole ({len(damaged)} were tried; the newest: {damaged[steps[0]]}); "
+                "restore one from a copy, or move the folder away to start from the beginning"
             )
         return None
+
+    def _set_aside(self, damaged: dict[int, str], warn: Callable[[str], None]) -> None:
+        """Renames damaged checkpoints: retention would count them and prune a good one instead."""
+        for step, damage in damaged.items():
+            folder = step_folder(self.root, step)
+            aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns()}")
+            folder.rename(aside)
+            warn(f"checkpoint step-{step} is damaged and set aside as {aside.name}: {damage}")
 
     def _damage(self, folder: Path) -> str | None:
         try:

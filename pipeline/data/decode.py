@@ -32,7 +32,7 @@ def _decode_pillow(data: bytes, channels: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(*image.size)
-            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+            pixels = np.array(image.convert("RGB" if channels == 3 else "L"))  # asarray's is read-only
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(str(e)) from e
     return pixels if channels == 3 else pixels[:, :, None]

@@ -121,6 +121,11 @@ class OrderState:
     window: int
     manifest_sha: str
     version: int = ORDER_VERSION
+    skips: tuple[tuple[int, int, int], ...] = ()  # (epoch, first, last): ranges [first, last) to jump over
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> OrderState:
+        return OrderState(**{**raw, "skips": tuple((e, a, b) for e, a, b in raw.get("skips", ()))})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -153,11 +158,6 @@ class SampleOrder:
         window: int = 64,
     ):
         n, b = int(sum(shard_sizes)), global_batch_size
-        if n < b:
-            raise UserError(
-                f"the training split has {n:,} samples, fewer than train.global_batch_size={b:,}: "
-                f"lower it to at most {n:,}, or shard more data"
-            )
         chunk = min(chunk, max(1, n // (4 * b)))
         self.state = OrderState(seed, 0, 0, lanes or b, chunk, window, manifest_sha)
         self._set_up(shard_sizes, b)
@@ -169,7 +169,7 @@ class SampleOrder:
         """The order at a stored state. Costs O(1) in the position.
 
         Raises:
-            UserError: another order version, other data, or a batch the stored lanes do not divide.
+            UserError: another order version, other data, N < B, or a batch the stored lanes do not divide.
         """
         if state.get("version") != ORDER_VERSION:
             raise UserError(
@@ -183,8 +183,9 @@ class SampleOrder:
                 "start anew on this one with `--allow data.train` (a new epoch begins)"
             )
         order = cls.__new__(cls)
-        order.state = OrderState(**state)
+        order.state = OrderState.from_dict(state)
         order._set_up(shard_sizes, global_batch_size)
+        order.state = order.settle(order.state)  # the batch may have grown beyond the epoch's rest
         return order
 
     def _set_up(self, shard_sizes: Sequence[int], b: int) -> None:
@@ -196,7 +197,12 @@ class SampleOrder:
             )
         self.global_batch_size = b
         sizes = np.asarray(shard_sizes, dtype=np.int64)
-        self.num_samples = int(sizes.sum())
+        self.num_samples = n = int(sizes.sum())
+        if n < b:
+            raise UserError(
+                f"the training split has {n:,} samples, fewer than train.global_batch_size={b:,}: "
+                f"lower it to at most {n:,}, or shard more data"
+            )
         self.lane_length = self.num_samples // s.lanes
         self._shard_sizes = sizes
         self._shard_start = np.concatenate([[0], np.cumsum(sizes)])
@@ -211,10 +217,23 @@ class SampleOrder:
 
     def next_state(self, state: OrderState) -> OrderState:
         """The state one step later; a step that would not fit into the epoch begins the next one."""
-        position = state.position + self.global_batch_size
-        if position + self.global_batch_size > self.num_samples:
-            return replace(state, epoch=state.epoch + 1, position=0)
-        return replace(state, position=position)
+        return self.settle(replace(state, position=state.position + self.global_batch_size))
+
+    def settle(self, state: OrderState) -> OrderState:
+        """The next state at or after `state` whose step fits into its epoch and touches no skipped range."""
+        while True:
+            end = state.position + self.global_batch_size
+            if end > self.num_samples:
+                state = replace(state, epoch=state.epoch + 1, position=0)
+                continue
+            past = [
+                last
+                for epoch, first, last in state.skips
+                if epoch == state.epoch and first < end and state.position < last
+            ]
+            if not past:
+                return state
+            state = replace(state, position=max(past))
 
     def shard_of(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shard number, row inside the shard) of each sample id."""

@@ -7,9 +7,12 @@ place. A fresh start and a resume are the same procedure: warm up, then overwrit
 
 from __future__ import annotations
 
+import functools
 import importlib
+import operator
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -17,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from data_tools.errors import UserError
 from pipeline.data.augment import normalize
@@ -31,6 +35,7 @@ ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 STRATEGIES = {
     "ddp": "pipeline.parallel.replicated:ReplicatedEngine",
     "fsdp": "pipeline.parallel.sharded:ShardedEngine",
+    "hsdp": "pipeline.parallel.sharded:ShardedEngine",
     "zero1": "pipeline.parallel.zero:ZeroEngine",
     "zero2": "pipeline.parallel.zero:ZeroEngine",
     "zero3": "pipeline.parallel.zero3:Zero3Engine",
@@ -61,6 +66,9 @@ class EngineOptions:
     clip_grad_norm: float  # 0 = no clipping
     compile: str = "none"
     activation_checkpointing: str = "none"
+    offload: str = "none"  # none | optimizer: moments (fsdp: weights too) live in host memory
+    shard_size: int = 0  # hsdp: ranks a copy of the state is sharded over
+    reshard_after_forward: bool = True
 
 
 @dataclass
@@ -70,6 +78,9 @@ class StepStats:
     loss: Tensor
     weight: Tensor
     correct: Tensor
+
+    def __add__(self, other: StepStats) -> StepStats:
+        return StepStats(self.loss + other.loss, self.weight + other.weight, self.correct + other.correct)
 
 
 class TrainEngine(ABC):
@@ -94,8 +105,8 @@ class TrainEngine(ABC):
         self.names = [name for names, _ in self.groups for name in names]
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.buffer_shapes = {name: tuple(b.shape) for name, b in persistent_buffers(model)}
-        self.optimizer_step = 0  # updates so far: Adam's bias correction counts them
         self.model = model
+        self.own_seconds = 0.0  # of the last step's forward passes, on the host's clock
 
     def _materialize(self) -> dict[str, nn.Parameter]:
         """Gives the model memory on this rank's device, all zeros, and returns its parameters by name.
@@ -120,23 +131,17 @@ class TrainEngine(ABC):
     def train_step(self, batches: list[Batch], lr: float) -> tuple[StepStats, Tensor]:
         """One optimizer step. Returns the local sums and the gradient's global norm before clipping."""
         self.model.train()
-        stats = None
-        for i, batch in enumerate(batches):
-            part = self._forward_backward(batch, last=i == len(batches) - 1)
-            stats = (
-                part
-                if stats is None
-                else StepStats(stats.loss + part.loss, stats.weight + part.weight, stats.correct + part.correct)
-            )
-        assert stats is not None
-        norm = self._update(lr)
-        self.optimizer_step += 1
-        return stats, norm
+        self.own_seconds = 0.0
+        last = len(batches) - 1
+        stats = functools.reduce(operator.add, (self._forward_backward(b, i == last) for i, b in enumerate(batches)))
+        return stats, self._update(lr)
 
     def _forward_backward(self, batch: Batch, last: bool) -> StepStats:
+        started = time.perf_counter()
         images, labels, weights, keep = self._to_device(batch)
         with self._autocast():
             logits = self.model(images, keep)
+        self.own_seconds += time.perf_counter() - started
         losses = self.loss_fn(logits.float(), labels) * weights
         # Every backend averages gradients over ranks; the loss is sum(weight * loss) / B, B the fixed global batch,
         # so that padding, accumulation and the number of ranks do not change the function that is optimised.
@@ -173,7 +178,37 @@ class TrainEngine(ABC):
 
     @abstractmethod
     def _update(self, lr: float) -> Tensor:
-        """Clips, updates, clears the gradients. Returns the norm before clipping."""
+        """Clips, updates, clears the gradients. Returns the norm before clipping.
+
+        A step whose norm is not finite changes nothing: neither weights nor moments nor the count of updates.
+        """
+
+    def _torch_update(self, parameters: Iterable[Tensor], lr: float) -> Tensor:
+        """`_update` for a torch optimizer whose gradients are already reduced."""
+        optimizer = self._inner_optimizer()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.clip_grad_norm or float("inf"))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # What a gradient scaler would say: fused AdamW then leaves everything alone, and nobody waits for the device
+        optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @abstractmethod
+    def _inner_optimizer(self) -> Any:
+        """The torch optimizer that holds the moments."""
+
+    @property
+    def optimizer_step(self) -> int:
+        """Updates so far, which Adam's bias correction counts; skipped steps are not among them."""
+        states = self._inner_optimizer().state.values()
+        return int(next((s["step"] for s in states if "step" in s), 0))
+
+    def _set_optimizer_step(self, step: int) -> None:
+        for state in self._inner_optimizer().state.values():
+            state["step"].fill_(float(step))
 
     # -- state ------------------------------------------------------------------------------------------------
 
@@ -250,20 +285,33 @@ def prepare_blocks(model: nn.Module, options: EngineOptions) -> None:
     """Activation checkpointing and compilation by block, inside whatever sharding comes around them."""
     blocks = getattr(model, "blocks", [])
     for block in blocks:
-        if options.activation_checkpointing == "block":
-            checkpoint_forward(block)
+        if options.activation_checkpointing != "none":
+            checkpoint_forward(block, selective=options.activation_checkpointing == "selective")
         if options.compile == "block":
             block.compile()
     if options.compile == "model":
         model.compile()
 
 
-def checkpoint_forward(block: nn.Module) -> None:
-    """Recomputes the block's activations in the backward pass. Replacing `forward` keeps parameter names."""
+def checkpoint_forward(block: nn.Module, selective: bool) -> None:
+    """Recomputes the block's activations in the backward pass. Replacing `forward` keeps parameter names.
+
+    selective: what GEMMs produced is kept, only the cheap rest (norms, GELU, sums) is computed again.
+    """
     forward = block.forward
+    contexts: dict[str, Any] = (
+        {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_gemms)} if selective else {}
+    )
 
     def recomputed(*args: Any) -> Any:
         # A Mixer draws nothing at random inside (keep-masks are inputs); the default keeps dropout models right
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **contexts)
 
     block.forward = recomputed
+
+
+_GEMMS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+def _keep_gemms(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _GEMMS else CheckpointPolicy.PREFER_RECOMPUTE

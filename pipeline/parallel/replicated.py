@@ -34,13 +34,10 @@ class ReplicatedEngine(TrainEngine):
             return super()._forward_backward(batch, last)
 
     def _update(self, lr: float) -> Tensor:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        limit = self.options.clip_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self._raw.parameters(), limit)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return norm
+        return self._torch_update(self._raw.parameters(), lr)
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
 
     def pieces(self) -> Iterator[Piece]:
         parameters = dict(self._raw.named_parameters())
@@ -63,9 +60,7 @@ class ReplicatedEngine(TrainEngine):
                 yield split_evenly(piece, self.world.rank, writers)
 
     def finish_load(self, optimizer_step: int) -> None:
-        self.optimizer_step = optimizer_step
-        for state in self._optimizer.state.values():
-            state["step"].fill_(float(optimizer_step))
+        self._set_optimizer_step(optimizer_step)
 
     def verify(self) -> str:
         wrapped = isinstance(self.model, DistributedDataParallel)

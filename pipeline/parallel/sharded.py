@@ -1,4 +1,4 @@
-"""Strategy `fsdp`: FSDP2. Parameters, gradients and moments are sharded along dim 0, block by block.
+"""Strategies `fsdp` and `hsdp`: FSDP2. Parameters, gradients and moments are sharded along dim 0, block by block.
 
 `fully_shard` is called directly: Accelerate's plugin silently becomes DDP on a CPU and fixes the recomputation
 policy for activation checkpointing.
@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from data_tools.errors import UserError
 from pipeline.parallel.engine import (
     ADAM_MOMENTS,
     BUFFER,
@@ -30,31 +31,57 @@ from pipeline.parallel.engine import (
 class ShardedEngine(TrainEngine):
     def __init__(self, model: Any, groups: Any, loss_fn: Any, options: Any, world: Any):
         super().__init__(model, groups, loss_fn, options, world)
-        mesh = init_device_mesh(world.device.type, (world.size,))
+        self.mesh = mesh = self._mesh()
+        offload = CPUOffloadPolicy() if options.offload == "optimizer" else OffloadPolicy()
         bf16 = options.precision == "bf16"
         # Weights travel in bf16 and are reduced in fp32; autocast decides what is computed in bf16, as for ddp
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         for block in getattr(model, "blocks", []):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(
+                block,
+                mesh=mesh,
+                mp_policy=policy,
+                offload_policy=offload,
+                reshard_after_forward=options.reshard_after_forward,
+            )
+        fully_shard(
+            model,
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=options.reshard_after_forward,
+        )
         parameters = self._materialize()
         self._parameters: dict[str, Any] = {name: parameters[name] for name in self.names}  # DTensors
         self._optimizer = self._adamw(parameters)
+
+    def _mesh(self) -> DeviceMesh:
+        """One dimension of all ranks for fsdp; (copies, ranks a copy is sharded over) for hsdp."""
+        size, device = self.world.size, self.world.device.type
+        if self.options.strategy == "fsdp":
+            return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+        inner = self._shard_size()
+        if size % inner:
+            raise UserError(
+                f"train.shard_size={inner} does not divide the {size} ranks; choose one of "
+                f"{[n for n in range(1, size + 1) if size % n == 0]}, or train.strategy=fsdp"
+            )
+        return init_device_mesh(device, (size // inner, inner), mesh_dim_names=("copy", "shard"))
+
+    def _shard_size(self) -> int:
+        return self.options.shard_size or self.world.local_size
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         cast(FSDPModule, self.model).set_requires_gradient_sync(last)
         loss.backward()
 
     def _update(self, lr: float) -> Tensor:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        limit = self.options.clip_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return self._torch_update(self.model.parameters(), lr)
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
 
     @torch.no_grad()
     def pieces(self) -> Iterator[Piece]:
@@ -69,12 +96,11 @@ class ShardedEngine(TrainEngine):
             yield Piece(name, BUFFER, 0, buffer.view(-1))
 
     def owned(self) -> Iterator[Piece]:
-        return (p for p in self.pieces() if p.kind != BUFFER or self.world.is_main)
+        first_copy = self.mesh.ndim == 1 or self.mesh.get_local_rank("copy") == 0
+        return (p for p in self.pieces() if (self.world.is_main if p.kind == BUFFER else first_copy))
 
     def finish_load(self, optimizer_step: int) -> None:
-        self.optimizer_step = optimizer_step
-        for state in self._optimizer.state.values():
-            state["step"].fill_(float(optimizer_step))
+        self._set_optimizer_step(optimizer_step)
 
     def verify(self) -> str:
         whole = [n for n, p in self._parameters.items() if not isinstance(p, DTensor)]
@@ -83,4 +109,8 @@ class ShardedEngine(TrainEngine):
         local = sum(p.to_local().numel() for p in self._parameters.values())
         total = sum(p.numel() for p in self._parameters.values())
         units = sum(isinstance(m, FSDPModule) for m in self.model.modules())
-        return f"FSDP2 ({units} units, {local:,} of {total:,} parameters on rank {self.world.rank})"
+        copies = self.mesh.size() // self.mesh["shard"].size()
+        if copies != (1 if self.options.strategy == "fsdp" else self.world.size // self._shard_size()):
+            raise RuntimeError(f"strategy {self.options.strategy}, but the state exists {copies} times")
+        name = "FSDP2" if copies == 1 else f"HSDP, {copies} copies"
+        return f"{name} ({units} units, {local:,} of {total:,} parameters on rank {self.world.rank})"

@@ -22,6 +22,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    group: Any = None  # of the collectives below; None is the whole world's
 
     @staticmethod
     def join(timeout_s: float = 1800.0) -> World:
@@ -54,7 +55,7 @@ class World:
 
     def barrier(self) -> None:
         # An all-reduce on the CPU: NCCL's own barrier would only order the streams
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1), group=self.group)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -64,20 +65,20 @@ class World:
 
     def _reduce(self, values: Sequence[float], op: Any) -> list[float]:
         tensor = torch.tensor(list(values), dtype=torch.float64)
-        dist.all_reduce(tensor, op=op)
+        dist.all_reduce(tensor, op=op, group=self.group)
         return tensor.tolist()
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"), group=self.group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
         # tensors by the CPU: pickled objects need no trip over the accelerator
         boxes: list[Any] = [None] * self.size
-        dist.all_gather_object(boxes, value)
+        dist.all_gather_object(boxes, value, group=self.group)
         return boxes
 
     def leave(self) -> None:

@@ -102,13 +102,11 @@ class ZeroEngine(TrainEngine):
         return (p for p in self.pieces() if p.kind != BUFFER or self.world.is_main)
 
     def finish_load(self, optimizer_step: int) -> None:
-        self._set_step(optimizer_step)
+        self._set_optimizer_step(optimizer_step)
         self._zero.update_lp_params()
 
-    def _set_step(self, optimizer_step: int) -> None:
-        self.optimizer_step = optimizer_step
-        for state in self._zero.optimizer.state.values():
-            state["step"].fill_(float(optimizer_step))
+    def _inner_optimizer(self) -> Any:
+        return self._zero.optimizer
 
     def verify(self) -> str:
         if self._engine.zero_optimization_stage() != self.stage:

@@ -27,7 +27,7 @@ class Zero3Engine(ZeroEngine):
         yield from self._buffers()
 
     def finish_load(self, optimizer_step: int) -> None:
-        self._set_step(optimizer_step)
+        self._set_optimizer_step(optimizer_step)
         zero = self._zero
         zero._partition_all_parameters()
         for group in range(len(zero.fp16_groups)):

@@ -13,7 +13,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -38,11 +39,11 @@ class Rank:
 
 
 class RankPool:
-    """R processes in one gloo group. `run` is the only thing to call; `close` when done."""
+    """R processes in one group. `run` is the only thing to call; `close` when done."""
 
-    def __init__(self, size: int, folder: Path):
+    def __init__(self, size: int, folder: Path, device: str = "cpu"):
         self.size = size
-        self._folder = folder
+        self._folder, self._device = folder, device
         self._ranks: list[Rank] = []
 
     def run(self, case: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -62,18 +63,18 @@ class RankPool:
 
     def _start(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Children are forked from one server that has imported everything heavy, once
-        here = str(Path(__file__).parent)
-        if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
-            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["engine_cases"])
+        # Children are forked from one server that has imported everything heavy, once; CUDA survives no fork
+        context = multiprocessing.get_context("forkserver" if self._device == "cpu" else "spawn")
+        if self._device == "cpu":
+            context.set_forkserver_preload(["engine_cases"])
         port = free_port()
         for number in range(self.size):
             ours, theirs = context.Pipe()
             log = self._folder / f"world-{self.size}-rank-{number}.log"
-            process = context.Process(target=_serve, args=(theirs, number, self.size, port, str(log)), daemon=True)
-            process.start()
+            process = context.Process(target=_serve, args=(theirs, number, self.size, port, str(log), self._device))
+            process.daemon = True
+            with _server_environment():
+                process.start()
             theirs.close()
             self._ranks.append(Rank(number, process, ours, log))
         self._collect(START_SECONDS)
@@ -107,11 +108,32 @@ class RankPool:
         return [results[n] for n in range(self.size)]
 
 
+@contextmanager
+def _server_environment() -> Iterator[None]:
+    """What the server that forks the ranks finds in its environment; only the first start of all starts it.
+
+    One thread a rank: OpenMP's threads spin while they wait, and dozens of them on a few cores stand in each other's
+    way for seconds a step. They read the number when torch is imported, so inside a rank it is too late.
+    """
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, before["PYTHONPATH"]]))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _tail(log: Path, size: int = 4000) -> str:
     return log.read_text(errors="replace")[-size:] if log.exists() else ""
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int, log: str) -> None:
+def _serve(pipe: Connection, rank: int, size: int, port: int, log: str, device: str) -> None:
     """One rank's process: joins the group, then answers until its pipe closes."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -120,7 +142,8 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: str) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), MIXER_DEVICE="cpu",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), MIXER_DEVICE=device,
+        CUBLAS_WORKSPACE_CONFIG=":4096:8",  # without it cuBLAS may add up in another order from run to run
     )
     import torch
 

@@ -19,7 +19,7 @@ import simplejpeg
 import xxhash
 from PIL import Image
 
-from data_tools import engines
+from data_tools import engines, settle
 from data_tools.engines import ShardOptions, plan_corpus, shard_corpus
 from data_tools.errors import UserError
 from data_tools.finalize import TooManyBad
@@ -395,13 +395,13 @@ def test_options_that_cannot_be_meant(bad):
 
 def test_a_source_that_changes_while_it_is_read(corpus, tmp_path, monkeypatch):
     source = make_corpus(tmp_path / "in", 6)
-    save = engines.save_plan
+    save = settle.save_plan
 
     def save_then_change(*args):
         (source / "class0" / "00003.jpg").write_bytes(jpeg(77))
         return save(*args)
 
-    monkeypatch.setattr(engines, "save_plan", save_then_change)
+    monkeypatch.setattr(settle, "save_plan", save_then_change)
     with pytest.raises(UserError, match=r"00003.jpg was written again while"):
         shard_corpus(ShardOptions(source, tmp_path / "out", workers=1))
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -479,7 +479,7 @@ def test_a_shard_of_bad_images_only_is_left_out(tmp_path):
     manifest = shard_corpus(ShardOptions(source, out, max_samples=3, order="source", workers=1, max_bad=0.5))
     assert [s.name for s in manifest.splits["train"]] == ["train-000000.tar"]
     assert [p.name for p in sorted(out.glob("*.*"))] == [
-        "dataset.json", "quarantine.jsonl", "train-000000.idx.npy", "train-000000.tar"]  # fmt: skip
+        "contact-sheet.png", "dataset.json", "quarantine.jsonl", "train-000000.idx.npy", "train-000000.tar"]  # fmt: skip
 
 
 def test_without_verification_only_headers_are_read(tmp_path):

@@ -1,0 +1,234 @@
+"""From sources to a plan: list, compare with the plan that is there, find duplicates, plan.
+
+A `Draft` keeps what it has done in `plan/work/`; a killed run's next one goes on there. It is deleted with the plan's
+completion, and with any refusal, so that a listing never outlives the corpus it describes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from data_tools import planner
+from data_tools.dedupe import Dropped, HashTask, dataset_hashes, find_dropped, hash_tasks, run_hash_task
+from data_tools.errors import UserError
+from data_tools.images import BadImage
+from data_tools.labels import number_labels, read_classes
+from data_tools.plan import PlannedSample, PlanOptions, ShardPlan
+from data_tools.plan_store import iter_samples, remove_plan
+from data_tools.planner import Numbering, Report
+from data_tools.reading import Inputs, SampleReader
+from data_tools.scan import Listing, fingerprint, prefix_bytes, scan_sources
+from data_tools.sources import Columns, Source, open_sources
+from data_tools.storage import write_atomic
+
+WORK_FOLDER = "work"
+_DESCRIBE_ROWS = 5_000_000  # larger corpora are compared by their counts alone
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which corpus, and what its columns and labels mean.
+
+    - sources: paths or URLs; columns: see `sources.Columns`; classes: a file with one class name a line.
+    - dedupe_against: finished data sets whose images are kept out.
+    - storage_options: fsspec's arguments for URLs; workers: threads that hash, 0 for one a core.
+    """
+
+    sources: tuple[str, ...]
+    columns: Columns = Columns()
+    classes: Path | None = None
+    dedupe_against: tuple[Path, ...] = ()
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    workers: int = 0
+
+
+class Draft:
+    """The plan that a request and options ask for. `options.order` may be `auto`. Raises UserError as its parts do."""
+
+    def __init__(self, request: Request, options: PlanOptions, folder: Path, report: Report | None = None) -> None:
+        self._request, self._folder, self._work, self._report = request, folder, folder / WORK_FOLDER, report
+        self._sources: list[Source] = open_sources(request.sources, request.columns, request.storage_options)
+        self._given = None if request.classes is None else read_classes(request.classes)
+        self._held_out = [dataset_hashes(place) for place in request.dedupe_against]
+        self.options = replace(
+            options, order=self._order(options.order), held_out=" ".join(digest for digest, _ in self._held_out)
+        )
+        if self.options.encode == "keep" and self.options.resize < 0:
+            raise UserError(f"--resize {self.options.resize}: must not be negative")
+
+    def _order(self, asked: str) -> Any:
+        forward = [s.root for s in self._sources if s.forward_only]
+        if asked == "shuffled" and forward:
+            raise UserError(
+                f"a compressed archive in {forward[0]} can only be read from its start to its end: use --order source "
+                "(the trainer mixes samples anyway), or decompress it first"
+            )
+        if asked != "auto":
+            return asked
+        return "source" if any(s.sequential for s in self._sources) else "shuffled"
+
+    # --- steps ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def listing(self) -> Listing:
+        """The sources, listed (or as an earlier, killed run listed them)."""
+        self._check_work()
+        report = self._report
+        tell: Callable[[int], None] | None = None if report is None else lambda rows: report("listing", rows, 0)
+        listing = scan_sources(self._sources, self._work / "scan", tell)
+        if listing.missing == listing.samples:
+            first = os.fsdecode(pq.read_table(listing.part_path(0), columns=["path"]).column("path")[0].as_py())
+            raise UserError(
+                f"none of the {listing.samples} images of {self._request.sources[0]} exists (the first is {first}); "
+                "relative paths are relative to the manifest's folder"
+            )
+        if self.options.group_by is not None and not any(hasattr(s, "own_stamp") or s.sequential for s in self._sources):
+            raise UserError("--group-by names a column; an image folder has none")
+        return listing
+
+    @cached_property
+    def numbering(self) -> Numbering:
+        return Numbering(*number_labels(self.listing.labels, self._sources, self._given))
+
+    @property
+    def _stamp(self) -> str | None:
+        """The state of all sources where they say it without being listed."""
+        if any(s.stamp is None for s in self._sources):
+            return None
+        asked = [asdict(self._request.columns), self._given]
+        return fingerprint(self._sources, asked)
+
+    def change_from(self, earlier: ShardPlan) -> str | None:
+        """What keeps this request from going on with an earlier plan; None where it can."""
+        before, now = asdict(earlier.options), asdict(self.options)
+        changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
+        if not changed and self._stamp is not None and self._stamp == earlier.corpus.stamp:
+            return None
+        listing, corpus = self.listing, earlier.corpus
+        if corpus.digest != listing.digest or earlier.classes != self.numbering.classes:
+            changed.append(self._corpus_change(earlier))
+        elif corpus.mtimes != listing.mtimes:
+            changed.append(f"files were written again since ({self._first_rewritten(earlier)})")
+        elif corpus.kind != listing.kind:
+            changed.append(f"the kind of corpus was {corpus.kind}, is {listing.kind}")
+        return "; ".join(changed) or None
+
+    def build(self) -> ShardPlan:
+        """Writes the plan into the folder and returns it."""
+        listing, numbering = self.listing, self.numbering
+        dropped = self._find_dropped()
+        runs = self._work / f"runs-{self._runs_mark(dropped)}"
+        if not runs.exists():
+            remove_plan(self._folder)  # tables of a plan that was never finished
+        prefixes = tuple(prefix_bytes(self._sources))
+        return planner.build_plan(
+            listing, self.options, numbering, prefixes, dropped, self._folder, runs, self._stamp, self._report
+        )
+
+    def clear(self) -> None:
+        """Deletes the work in progress."""
+        planner.clear(self._work)
+
+    # --- parts ----------------------------------------------------------------------------------------------
+
+    def _check_work(self) -> None:
+        """Keeps the work of a killed run only where it belongs to the same sources."""
+        mark = fingerprint(self._sources, [asdict(self._request.columns)])
+        note = self._work / "sources.txt"
+        if note.exists() and note.read_text() == mark:
+            return
+        self.clear()
+        self._work.mkdir(parents=True)
+        write_atomic(note, mark.encode())
+
+    def _runs_mark(self, dropped: Dropped) -> str:
+        from data_tools.plan import plan_digest
+
+        return plan_digest(
+            self.listing.kind, self.listing.digest, self.options, self.numbering.classes, dropped.digest
+        )
+
+    def _find_dropped(self) -> Dropped:
+        exact = self.options.dedupe == "exact"
+        if not exact and not self._held_out:
+            return Dropped()
+        import numpy as np
+
+        folder = self._work / "hashes"
+        folder.mkdir(parents=True, exist_ok=True)
+        tasks = hash_tasks(self.listing, folder)
+        missing = [t for t in tasks if not t.out.exists()]
+        inputs = Inputs(self.listing.roots, tuple(prefix_bytes(self._sources)), self._request.storage_options)
+        workers = self._request.workers or len(os.sched_getaffinity(0))
+        if any(s.forward_only for s in self._sources):
+            workers = 1  # one stream, read once
+        with ThreadPoolExecutor(workers) as pool:
+            for done, _ in enumerate(pool.map(lambda task: hash_block(task, inputs), missing), 1):
+                if self._report is not None:
+                    self._report("hashing", len(tasks) - len(missing) + done, len(tasks))
+        held_out = [hashes for _, hashes in self._held_out] or [np.zeros(0, [("high", "<u8"), ("low", "<u8")])]
+        return find_dropped(self.listing, folder, exact, np.concatenate(held_out), self._folder)
+
+    # --- saying what changed --------------------------------------------------------------------------------
+
+    def _corpus_change(self, earlier: ShardPlan) -> str:
+        listing = self.listing
+        counts = f"{earlier.corpus.listed:,} images then, {listing.samples:,} now"
+        if max(earlier.corpus.listed, listing.samples) > _DESCRIBE_ROWS:
+            return f"the corpus changed ({counts})"
+        before = {s.path: (s.size, s.label) for s in iter_samples(self._folder)}
+        number = self.numbering.number
+        now: dict[str, tuple[int, int]] = {}
+        for table in listing.tables(["path", "size", "label"]):
+            columns = (table.column(name).to_pylist() for name in ("path", "size", "label"))
+            now |= {os.fsdecode(p): (s, -1 if t is None else number[t]) for p, s, t in zip(*columns)}
+        groups = {
+            "new": sorted(now.keys() - before.keys()) if not earlier.corpus.listed - earlier.corpus.samples else [],
+            "gone": sorted(before.keys() - now.keys()),
+            "of another size or label": sorted(p for p in now.keys() & before.keys() if now[p] != before[p]),
+        }
+        parts = [f"{len(paths)} {what} (first: {paths[0]!r})" for what, paths in groups.items() if paths]
+        return f"the corpus changed: {', '.join(parts) or f'splits, classes or extra columns ({counts})'}"
+
+    def _first_rewritten(self, earlier: ShardPlan) -> str:
+        if earlier.corpus.listed > _DESCRIBE_ROWS:
+            return "change times differ"
+        before = {s.path: s.mtime_ns for s in iter_samples(self._folder)}
+        paths = []
+        for table in self.listing.tables(["path", "mtime_ns"]):
+            for path, mtime in zip(table.column("path").to_pylist(), table.column("mtime_ns").to_pylist()):
+                if before.get(name := os.fsdecode(path), mtime) != mtime:
+                    paths.append(name)
+        return f"{len(paths)}, the first is {min(paths)!r}" if paths else "change times differ"
+
+
+def hash_block(task: HashTask, inputs: Inputs) -> None:
+    """One hashing task, from start to end: a pure function of its block of the listing."""
+    with SampleReader(inputs) as reader:
+
+        def read(row: dict[str, Any]) -> bytes | None:
+            try:
+                return reader.read(listed_sample(row, inputs))
+            except BadImage:  # packing will say why
+                return None
+
+        run_hash_task(task, read)
+
+
+def listed_sample(row: dict[str, Any], inputs: Inputs) -> PlannedSample:
+    """A row of the listing as a sample that can be read."""
+    place = row["container"] or row["path"][inputs.prefixes[row["source"]] :]
+    return PlannedSample(
+        "", os.fsdecode(row["path"]), row["size"], row["mtime_ns"], -1, row["extra"] or "", row["source"],
+        os.fsdecode(place), row["offset"], row["stored"], row["codec"],
+    )  # fmt: skip
+
+

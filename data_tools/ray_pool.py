@@ -1,0 +1,117 @@
+"""Packing tasks on Ray: a cluster of its own on this machine, or the one that RAY_ADDRESS names.
+
+Every machine needs this package, the corpus and the output folder (or its `--work` folder) under the same paths.
+Ray itself runs the task of a lost worker or machine again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from data_tools.errors import UserError
+from data_tools.pack import PackedShard
+from data_tools.progress import REPORT_SECONDS, Board
+from data_tools.tasks import Task, run_task
+
+_MAX_LOSSES = 3  # of one task's worker before it counts as the task's fault
+_OBJECT_STORE_BYTES = 100 << 20  # results are a few hundred bytes
+
+
+class RayPool:
+    """Runs tasks on Ray, a few more in flight than there are cores; `workers` 0 means all of the cluster's."""
+
+    def __init__(self, tasks: list[Task], workers: int, board: Board) -> None:
+        self._tasks, self._workers, self._board = tasks, workers, board
+
+    def run(self) -> None:
+        """Raises what a task raised, after the others stopped; UserError where workers keep dying."""
+        with _cluster(self._workers) as ray:
+            try:
+                self._run(ray)
+            finally:
+                self._tasks[0].output.remove_leftovers([t.name for t in self._tasks])
+
+    def _run(self, ray: Any) -> None:
+        pack = ray.remote(num_cpus=1, max_retries=_MAX_LOSSES)(pack_one)
+        cores = self._workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        queue = iter(self._tasks)
+        running: dict[Any, Task] = {}
+
+        def submit() -> None:
+            task = next(queue, None)
+            if task is not None:
+                running[pack.remote(task)] = task
+
+        for _ in range(cores if self._workers else 2 * cores):
+            submit()
+        try:
+            while running:
+                done, _ = ray.wait(list(running), timeout=REPORT_SECONDS)
+                for ref in done:
+                    packed, source_bytes = self._result(ray, ref, running[ref])
+                    del running[ref]
+                    self._board.finished(packed, source_bytes)
+                    submit()
+                self._board.show()
+        except BaseException:
+            for ref in running:
+                ray.cancel(ref, force=True)
+            if running:
+                ray.wait(list(running), num_returns=len(running), timeout=30)
+            raise
+
+    @staticmethod
+    def _result(ray: Any, ref: Any, task: Task) -> tuple[PackedShard, int]:
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayTaskError as e:  # the task's own exception, wrapped
+            raise e.cause from None
+        except ray.exceptions.RayError as e:
+            raise UserError(
+                f"{task.name}: its Ray worker was lost {_MAX_LOSSES + 1} times (out of memory, or an image that "
+                f"crashes its decoder): {str(e).splitlines()[0]}. Finished shards stay: the same command goes on"
+            ) from e
+
+
+def pack_one(task: Task) -> tuple[PackedShard, int]:
+    """What runs on a Ray worker: the shard's marker, and how many source bytes were read."""
+    read = 0
+
+    def note(_done: int, _bad: int, source_bytes: int) -> bool:
+        nonlocal read
+        read = source_bytes
+        return True
+
+    return run_task(task, note), read
+
+
+@contextmanager
+def _cluster(workers: int) -> Iterator[Any]:
+    """The `ray` module, connected. Raises UserError where it is missing or cannot connect."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--engine ray needs the package ray: pip install 'mixer-pretraining[ray]'") from None
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    own: dict[str, Any] = {}
+    if address == "local":
+        own = {"num_cpus": workers or None, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+    except Exception as e:
+        raise UserError(f"cannot reach Ray at {address}: {e}; see RAY_ADDRESS") from e
+    try:
+        signal.signal(signal.SIGTERM, terminate)  # Ray takes it for itself
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

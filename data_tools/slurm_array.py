@@ -1,0 +1,130 @@
+"""Packing tasks as a SLURM array: every array task runs its part of the plan (`engines.run_part`).
+
+The plan lies in the output folder (or its `--work` folder), which all nodes must see, like the corpus. A task
+that SLURM starts again packs only what is missing of its part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data_tools.errors import Interrupted, UserError
+from data_tools.output import Output
+from data_tools.plan_store import PLAN_FOLDER, load_plan
+from data_tools.progress import Board, Progress
+from data_tools.storage import write_atomic
+from data_tools.tasks import read_markers
+
+OPTIONS_VARIABLE = "MIXER_STORAGE_OPTIONS"  # secrets travel in the environment, not on command lines
+_POLL_SECONDS = 2.0
+_SCRIPT = """#!/bin/bash
+# One task of an array that packs {place}; written by `mixer shard --engine slurm`.
+exec {command} --task-id "$SLURM_ARRAY_TASK_ID"
+"""
+
+
+def submit_array(output: Output, num_tasks: int, workers: int = 0, sbatch: Sequence[str] = ()) -> str:
+    """Submits array tasks 0 .. num_tasks-1 for the plan in `output` and returns the job id.
+
+    `sbatch` are more arguments for sbatch and win over what is set here. Raises UserError where SLURM is missing
+    or refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "--engine slurm needs sbatch on this machine; without it run each part by hand: "
+            f"{shlex.join(part_command(output, num_tasks, workers))} --task-id 0 ..."
+        )
+    logs = output.plan_folder.resolve() / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    script = output.plan_folder.resolve() / "array.sh"
+    write_atomic(script, array_script(output, num_tasks, workers).encode("utf-8", "surrogateescape"))
+    command = [
+        "sbatch", "--parsable", "--job-name=mixer-shard", f"--array=0-{num_tasks - 1}", "--requeue",
+        "--open-mode=append", f"--output={str(logs).replace('%', '%%')}/%A_%a.log",
+        *([f"--cpus-per-task={workers}"] if workers else []), *sbatch, str(script),
+    ]  # fmt: skip
+    environment = {**os.environ}
+    if output.storage_options:
+        environment[OPTIONS_VARIABLE] = json.dumps(output.storage_options)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise UserError(f"sbatch refused the array: {run.stderr.strip() or run.stdout.strip()}")
+    return run.stdout.strip().split(";")[0]
+
+
+def array_script(output: Output, num_tasks: int, workers: int) -> str:
+    """The batch script; every path is quoted, and comments hold no line breaks."""
+    place = output.place.encode("unicode_escape").decode()
+    return _SCRIPT.format(place=place, command=shlex.join(part_command(output, num_tasks, workers)))
+
+
+def part_command(output: Output, num_tasks: int, workers: int) -> list[str]:
+    """The command that runs one part of the plan, without its `--task-id`."""
+    folder = str(output.folder.resolve())
+    where = [folder] if output.url is None else [output.url, "--work", folder]
+    command = [sys.executable, "-m", "data_tools", "shard", f"--num-tasks={num_tasks}", f"--workers={workers}"]
+    return [*command, "--", *where] if output.url is None else [*command, *where[1:], "--", where[0]]
+
+
+def wait_for_array(job: str, output: Output, report: Callable[[Progress], None] | None = None) -> None:
+    """Returns when every shard has its marker; raises UserError where the array ended without."""
+    plan = load_plan(output.plan_folder)
+    assert plan is not None
+    store, board = output.store(), Board(plan, report)
+    counted: set[str] = set()
+    first = True
+    try:
+        while True:
+            ended = not _is_queued(job)  # asked first: what it wrote before it ended is seen
+            if ended or len(_marker_names(store.list(PLAN_FOLDER))) > len(counted):
+                for packed in read_markers(store, plan):
+                    if packed is not None and packed.name not in counted:
+                        counted.add(packed.name)
+                        (board.finished_earlier if first else lambda p: board.finished(p, p.bytes))(packed)
+                first = False
+            board.show(now=ended)
+            if len(counted) == len(plan.shards):
+                return
+            if ended:
+                raise UserError(
+                    f"SLURM job {job} ended with {len(plan.shards) - len(counted):,} of {len(plan.shards):,} shards "
+                    f"missing; see {_worst_log(output.plan_folder / 'logs', job)}. The same command goes on"
+                )
+            time.sleep(_POLL_SECONDS)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped waiting; SLURM job {job} goes on (scancel {job} ends it). When it has ended: "
+            f"mixer shard --finalize {shlex.quote(output.place)}"
+        ) from None
+
+
+def _marker_names(listing: dict[str, int]) -> list[str]:
+    return [name for name in listing if name.endswith(".done.json")]
+
+
+def _is_queued(job: str) -> bool:
+    """Does SLURM still have a task of `job` to run, or one running? Trouble with asking counts as yes."""
+    run = subprocess.run(
+        ["squeue", "--noheader", "--jobs", job, "--format=%T"], capture_output=True, text=True, timeout=60
+    )
+    if run.returncode:
+        return "Invalid job id" not in run.stderr
+    return bool(run.stdout.split())
+
+
+def _worst_log(logs: Path, job: str) -> str:
+    """The newest log that has something in it, and its last line."""
+    found = sorted(logs.glob(f"{job}_*.log"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for path in found:
+        lines = path.read_text(errors="replace").strip().splitlines()
+        if lines:
+            return f"{path} ({lines[-1][:200]})"
+    return str(logs)

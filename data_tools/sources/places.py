@@ -1,0 +1,124 @@
+"""Local paths and fsspec URLs behind one small face: stat, open, list, join.
+
+Local paths take the short way through `os`; everything with a scheme (`s3://`, `gs://`, `http(s)://`, `memory://`)
+goes through fsspec with the storage options of the command.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from data_tools import storage
+from data_tools.errors import UserError
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
+_READ_AHEAD = 8 << 20
+
+StorageOptions = dict[str, Any]
+
+
+class Info(NamedTuple):
+    """`mtime_ns` is 0 where the store has none that can be relied on."""
+
+    size: int
+    mtime_ns: int
+    is_dir: bool
+
+
+def is_url(path: str) -> bool:
+    return _SCHEME.match(path) is not None
+
+
+def local_path(path: str) -> str:
+    return path.removeprefix("file://")
+
+
+def is_remote(path: str) -> bool:
+    return is_url(path) and not path.startswith("file://")
+
+
+def join(root: str, path: str) -> str:
+    """`path` below `root`, unless it is absolute or a URL itself."""
+    if is_url(path):
+        return path
+    if is_url(root):
+        return path if not root else root.rstrip("/") + "/" + path.lstrip("/")
+    return os.path.join(root, path)
+
+
+def parent(path: str) -> str:
+    return path.rpartition("/")[0] if is_url(path) else (os.path.dirname(path) or ".")
+
+
+def base(path: str) -> str:
+    return posixpath.basename(path.rstrip("/")) or path
+
+
+def filesystem(url: str, options: StorageOptions | None) -> Any:
+    """The fsspec file system of a URL. Raises UserError where its driver is not installed or refuses the options."""
+    return storage.filesystem(url, options)[0]
+
+
+def info(path: str, options: StorageOptions | None = None) -> Info | None:
+    """What lies at `path`; None for nothing, or nothing that may be looked at."""
+    if not is_remote(path):
+        try:
+            found = os.stat(local_path(path))
+        except (OSError, ValueError):
+            return None
+        return Info(found.st_size, found.st_mtime_ns, os.path.isdir(local_path(path)))
+    fs = filesystem(path, options)
+    try:
+        raw = fs.info(path)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        return None
+    return Info(int(raw.get("size") or 0), 0, raw.get("type") == "directory")
+
+
+def stamp(path: str, options: StorageOptions | None = None) -> str:
+    """Size and state of one file, without reading it."""
+    found = info(path, options)
+    if found is None:
+        return f"{path} missing"
+    mark = str(found.mtime_ns)
+    if is_remote(path):
+        raw = filesystem(path, options).info(path)
+        mark = str(raw.get("ETag") or raw.get("etag") or raw.get("LastModified") or raw.get("created") or "")
+    return f"{path} {found.size} {mark}"
+
+
+def open_binary(path: str, options: StorageOptions | None = None) -> BinaryIO:
+    """Opens for reading with seek. Raises UserError where that cannot be."""
+    try:
+        if is_remote(path):
+            return filesystem(path, options).open(path, "rb", block_size=_READ_AHEAD, cache_type="readahead")
+        return open(local_path(path), "rb")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+
+
+def list_folder(path: str, options: StorageOptions | None = None) -> list[tuple[str, Info]]:
+    """(name, info) of everything directly in a remote or local folder, by name."""
+    if not is_remote(path):
+        found = []
+        for entry in os.scandir(local_path(path)):
+            seen = info(os.path.join(local_path(path), entry.name))
+            if seen is not None:
+                found.append((entry.name, seen))
+        return sorted(found)
+    listed = cast("list[dict[str, Any]]", filesystem(path, options).ls(path, detail=True))
+    return sorted(
+        (base(str(raw["name"])), Info(int(raw.get("size") or 0), 0, raw["type"] == "directory"))
+        for raw in listed
+        if str(raw["name"]).strip("/") != path.partition("://")[2].strip("/")
+    )
+
+
+def resolve(path: str | Path) -> str:
+    """A path as the person gave it, without a trailing slash; URLs stay as they are."""
+    text = str(path)
+    return text.rstrip("/") if is_url(text) and not text.endswith("://") else str(Path(text)) if not is_url(text) else text

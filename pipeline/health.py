@@ -1,0 +1,125 @@
+"""Never sick silently: a watchdog against hangs, a count of skipped steps, a report of the slowest rank."""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.parallel.world import World
+
+EXIT_HUNG = 76  # retryable: the launcher starts the processes again
+
+
+class Watchdog:
+    """Ends this process when it makes no step for `timeout` seconds, after writing down where every thread stands.
+
+    A hang in a collective cannot be interrupted, so the process leaves without cleaning up; the other ranks' watchdogs
+    do the same, and their stacks together show which rank the others waited for.
+    """
+
+    def __init__(self, timeout: float, log: Path, enabled: bool = True):
+        self._timeout, self._log = timeout, log
+        self._beat = time.monotonic()
+        self._over = threading.Event()
+        if enabled:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        self._beat = time.monotonic()
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(self._timeout / 4, 10.0)):
+            silent = time.monotonic() - self._beat
+            if silent > self._timeout:
+                self._log.parent.mkdir(parents=True, exist_ok=True)
+                with open(self._log, "a") as f:
+                    f.write(f"{socket.gethostname()} pid {os.getpid()}: no step for {silent:.0f} s\n")
+                    f.flush()
+                    faulthandler.dump_traceback(f, all_threads=True)
+                    os.fsync(f.fileno())
+                print(f"no step for {silent:.0f} s (health.timeout); stacks are in {self._log}", flush=True)
+                os._exit(EXIT_HUNG)
+
+
+@dataclass
+class SickSteps:
+    """Finds steps whose update was skipped (non-finite loss or gradient) or whose loss jumped.
+
+    Values stay on the device until `look`, which every rank calls at the same steps with the same global values, so
+    all of them come to the same conclusion.
+    """
+
+    max_in_a_row: int
+    spike_factor: float | None = None
+    _waiting: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    _mean_loss: float | None = None
+    in_a_row: list[int] = field(default_factory=list)  # the latest run of sick steps
+    total: int = 0
+
+    def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        self._waiting.append((step, loss.detach(), norm.detach()))
+
+    def look(self) -> list[tuple[int, str]]:
+        """(step, why) of steps that were found sick since the last look."""
+        if not self._waiting:
+            return []
+        values = torch.stack([torch.stack([loss.float().cpu(), norm.float().cpu()]) for _, loss, norm in self._waiting])
+        found = []
+        for (step, _, _), (loss, norm) in zip(self._waiting, values.tolist()):
+            why = self._why(loss, norm)
+            if why:
+                found.append((step, why))
+                self.in_a_row.append(step)
+                self.total += 1
+            else:
+                self.in_a_row = []
+                self._mean_loss = loss if self._mean_loss is None else 0.98 * self._mean_loss + 0.02 * loss
+        self._waiting.clear()
+        return found
+
+    def _why(self, loss: float, norm: float) -> str | None:
+        if not math.isfinite(norm):
+            return f"gradient norm {norm}, update skipped"
+        if not math.isfinite(loss):
+            return f"loss {loss}, update skipped"
+        if self.spike_factor and self._mean_loss is not None and loss > self.spike_factor * self._mean_loss:
+            return f"loss {loss:.4g} above {self.spike_factor:g} x its running mean {self._mean_loss:.4g}"
+        return None
+
+    @property
+    def must_roll_back(self) -> bool:
+        return len(self.in_a_row) >= self.max_in_a_row
+
+    def forget(self) -> None:
+        self.in_a_row, self._waiting = [], []
+
+
+def slowest_rank(own_seconds: list[float], world: World) -> str | None:
+    """Names the rank that takes longest before it meets the others, where it stands out. Collective.
+
+    own_seconds: per step, data wait plus forward pass: what no other rank can delay.
+    """
+    times = sorted(own_seconds) or [0.0]
+    mine = (times[len(times) // 2], times[min(len(times) - 1, int(len(times) * 0.95))], socket.gethostname())
+    rows = world.gather(mine)
+    medians = sorted(r[0] for r in rows)
+    typical = medians[len(medians) // 2]
+    slow = max(range(len(rows)), key=lambda r: rows[r][0])
+    if world.size < 2 or rows[slow][0] <= 1.5 * typical or rows[slow][0] - typical < 0.01:
+        return None
+    return (
+        f"rank {slow} on {rows[slow][2]} is slow: {rows[slow][0]:.3f} s a step before the others are met "
+        f"(95th percentile {rows[slow][1]:.3f} s), median over ranks {typical:.3f} s"
+    )

@@ -1,0 +1,97 @@
+"""One checkpoint for every strategy: all write the same tensors, all read what any other wrote.
+
+The canonical state is made up, every element another one, for a model with two parameter groups and with parameters
+of fewer elements than there are ranks (so that some ranks hold nothing of them).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import engine_cases as cases
+import numpy as np
+import pytest
+from engine_cases import ADAM_MOMENTS, EMA, STRATEGIES, WEIGHT, Spec, canonical_state, plain_training, read_whole
+
+from pipeline.checkpoint.layout import MANIFEST, CheckpointReader
+from pipeline.checkpoint.manager import committed_steps
+
+SIZES = (1, 2, 3, 4)
+LAYOUTS = [(strategy, size) for strategy in STRATEGIES for size in SIZES]
+
+# (written by, read by): every strategy on both sides, to more ranks, to fewer, and to as many
+PAIRS = [
+    (("ddp", 2), ("fsdp", 3)), (("ddp", 4), ("zero2", 1)), (("ddp", 1), ("zero3", 4)),
+    (("fsdp", 4), ("ddp", 3)), (("fsdp", 2), ("zero1", 3)), (("fsdp", 3), ("zero3", 2)), (("fsdp", 3), ("fsdp", 4)),
+    (("zero1", 2), ("ddp", 1)), (("zero1", 3), ("zero1", 2)), (("zero1", 4), ("zero3", 3)),
+    (("zero2", 3), ("fsdp", 2)), (("zero2", 2), ("zero2", 4)), (("zero2", 1), ("ddp", 4)),
+    (("zero3", 4), ("zero2", 3)), (("zero3", 2), ("fsdp", 1)), (("zero3", 3), ("zero3", 4)),
+]
+
+
+def assert_canonical(folder: str) -> None:
+    saved, wanted = read_whole(folder), canonical_state()
+    assert saved.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        np.testing.assert_array_equal(saved[key], tensor.reshape(-1).numpy(), err_msg=str(key), strict=True)
+
+
+@pytest.fixture(scope="module")
+def canonical_checkpoint(ranks, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return ranks(1).run(cases.save_canonical, Spec("ddp"), str(tmp_path_factory.mktemp("canonical")))[0]
+
+
+def test_the_problem_is_an_odd_one() -> None:
+    state = canonical_state()
+    assert {kind for _, kind in state} == {WEIGHT, *ADAM_MOMENTS, EMA}
+    sizes = [t.numel() for (_, kind), t in state.items() if kind == WEIGHT]
+    assert min(sizes) < max(SIZES), "some rank must hold nothing of some parameter"
+    assert any(n % 2 and n % 3 for n in sizes)
+    everything = np.concatenate([t.reshape(-1).numpy() for t in state.values()])
+    assert len(np.unique(everything)) > 0.95 * len(everything), "a shifted tensor must not go unnoticed"
+
+
+@pytest.mark.parametrize(("strategy", "size"), LAYOUTS)
+def test_saves_the_canonical_state(ranks, tmp_path: Path, strategy: str, size: int) -> None:
+    folder = ranks(size).run(cases.save_canonical, Spec(strategy), str(tmp_path))[0]
+    assert_canonical(folder)
+    assert CheckpointReader(Path(folder)).damage(CheckpointReader(Path(folder)).manifest.files) is None
+
+
+@pytest.mark.parametrize(("strategy", "size"), LAYOUTS)
+def test_loads_and_saves_again(ranks, tmp_path: Path, canonical_checkpoint: str, strategy: str, size: int) -> None:
+    assert_canonical(ranks(size).run(cases.copy_checkpoint, Spec(strategy), canonical_checkpoint, str(tmp_path))[0])
+
+
+@pytest.mark.parametrize(("writer", "reader"), PAIRS, ids=lambda layout: f"{layout[0]}-{layout[1]}")
+def test_training_goes_on_under_another_layout(
+    ranks, tmp_path: Path, writer: tuple[str, int], reader: tuple[str, int]
+) -> None:
+    """The steps after the change agree with a plain training that was never interrupted, moments and all."""
+    folder = ranks(writer[1]).run(cases.train, Spec(writer[0]), str(tmp_path), 3)[0].folder
+    outcome = ranks(reader[1]).run(cases.go_on, Spec(reader[0]), folder, None, range(3, 6))[0]
+    np.testing.assert_allclose(outcome.losses, plain_training(range(6)).losses[3:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_moments_and_step_number_are_used(ranks, canonical_checkpoint: str, strategy: str) -> None:
+    """From made-up moments: had they been left out, or Adam's count, the next losses would be others."""
+    outcome = ranks(3).run(cases.go_on, Spec(strategy), canonical_checkpoint, None, range(7, 10))[0]
+    state = canonical_state()
+    np.testing.assert_allclose(outcome.losses, plain_training(range(7, 10), state).losses, rtol=0, atol=1e-6)
+    forgetful = {**state, **{key: t * 0 for key, t in state.items() if key[1] in ADAM_MOMENTS}}
+    assert abs(plain_training(range(7, 10), forgetful).losses[-1] - outcome.losses[-1]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("missing", "elements"), ("twice", "written twice"), ("unknown", "not part of the state"), ("disk", "rank 2")],
+)
+@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero3"])
+def test_a_fault_on_one_rank_commits_nothing_anywhere(
+    ranks, tmp_path: Path, strategy: str, fault: str, words: str
+) -> None:
+    errors = ranks(3).run(cases.save_with_fault, Spec(strategy), str(tmp_path), fault)
+    assert all(e.startswith("CheckpointError") and words in e for e in errors), errors
+    assert committed_steps(tmp_path) == []
+    assert not list(tmp_path.rglob(MANIFEST))

@@ -1,0 +1,82 @@
+"""A signal, to whichever process it comes: the step ends, the state is saved, exit code 75, and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from mixer_process import (
+    STEPS,
+    Mixer,
+    assert_same_run,
+    current_step,
+    run_arguments,
+    undisturbed_run,
+    wait_for_progress,
+)
+
+from pipeline.checkpoint.manager import committed_steps
+from pipeline.run import RunFolder, read_lines
+
+TERM, USR2, INT = signal.SIGTERM, signal.SIGUSR2, signal.SIGINT
+
+
+def shared_memory() -> set[str]:
+    """What torch and Python leave in /dev/shm when they are not given the time to clean up."""
+    return {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(("torch_", "sem.", "psm_"))}
+
+
+def assert_saved_and_gone(mixer: Mixer, run: Path, name: str) -> None:
+    assert mixer.wait() == 75, mixer.output()
+    assert mixer.all_gone(5), mixer.processes()
+    step = current_step(run)[1]
+    assert 0 < step < STEPS, "the signal came too late"
+    assert committed_steps(RunFolder(run).checkpoints)[-1] == step
+    event = [e for e in read_lines(RunFolder(run).events) if e["event"] == "signal"][-1]
+    assert (event["step"], event["name"]) == (step, name)
+    assert RunFolder(run).read_status()["state"] == "saved"
+    assert "Traceback" not in mixer.output()
+    assert f"go on with `mixer resume {run}`" in mixer.output()
+
+
+def test_launcher_agent_and_terminal(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One run over two ranks, stopped again and again, ends as if it had never been."""
+    undisturbed = undisturbed_run(tmp_path_factory.getbasetemp(), 2)
+    run, before = tmp_path / "run", shared_memory()
+    command = ["launch", "local", *run_arguments(run), "--nproc", "2"]
+    for attempt, (target, number) in enumerate(
+        [("launcher", TERM), ("agent", TERM), ("launcher", USR2), ("agent", USR2), ("terminal", INT)]
+    ):
+        mixer = Mixer(command, tmp_path)
+        wait_for_progress(mixer, run, attempt)
+        if target == "terminal":  # Ctrl-C reaches every process of the foreground group
+            os.killpg(mixer.process.pid, number)
+        else:
+            os.kill(mixer.agent() if target == "agent" else mixer.process.pid, number)
+        assert_saved_and_gone(mixer, run, number.name)
+        command = ["resume", str(run)]
+    mixer = Mixer(command, tmp_path)
+    assert mixer.wait() == 0, mixer.output()
+    assert shared_memory() <= before
+    assert_same_run(run, undisturbed)
+
+
+def test_single_process(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`mixer train` without a launcher."""
+    undisturbed = undisturbed_run(tmp_path_factory.getbasetemp(), 1)
+    run = tmp_path / "run"
+    command = ["train", *run_arguments(run)]
+    for attempt, number in enumerate([TERM, USR2, INT]):
+        mixer = Mixer(command, tmp_path)
+        wait_for_progress(mixer, run, attempt)
+        if number == INT:
+            os.killpg(mixer.process.pid, number)
+        else:
+            mixer.process.send_signal(number)
+        assert_saved_and_gone(mixer, run, number.name)
+        command = ["resume", str(run)]
+    mixer = Mixer(command, tmp_path)
+    assert mixer.wait() == 0, mixer.output()
+    assert_same_run(run, undisturbed)

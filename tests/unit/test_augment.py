@@ -1,0 +1,194 @@
+"""Pixels: crops, resizes and flips against Pillow and numpy; randomness that hangs on the sample alone."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from helpers import picture, png
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.data.augment import EvalTransform, TrainTransform, keep_mask, normalize, resize, uniforms
+from pipeline.data.decode import decode_image
+
+
+def pillow_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pillow's bilinear filter is antialiased when it shrinks. uint8 [H, W, C]."""
+    planes = [
+        np.asarray(Image.fromarray(pixels[:, :, c]).resize((width, height), Image.Resampling.BILINEAR))
+        for c in range(pixels.shape[2])
+    ]
+    return np.stack(planes, axis=2)
+
+
+def distance(image: torch.Tensor, expected: np.ndarray) -> int:
+    """Largest difference in levels between uint8 [C, H, W] and uint8 [H, W, C]."""
+    assert image.dtype == torch.uint8 and image.is_contiguous()
+    return int(np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected.astype(int)).max())
+
+
+@pytest.mark.parametrize("size", [(40, 60, 16, 16), (37, 23, 30, 50), (9, 9, 9, 9), (64, 8, 5, 31), (1, 1, 4, 4)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resize_is_pillows_antialiased_bilinear(size, channels):
+    height, width, new_height, new_width = size
+    pixels = picture(1, height, width, channels)
+    assert distance(resize(pixels, new_height, new_width), pillow_resize(pixels, new_height, new_width)) <= 2
+
+
+def test_normalize():
+    images = torch.tensor([[[[0, 51, 127, 255]]]], dtype=torch.uint8)
+    expected = np.array([0, 51, 127, 255]) / 255 * 2 - 1
+    assert np.allclose(normalize(images).numpy().ravel(), expected, atol=1e-6)
+    assert images.tolist() == [[[[0, 51, 127, 255]]]]
+
+
+# ------------------------------------------------------------------------------------------ the train crop
+
+
+@given(st.integers(0, 2**40), st.integers(1, 300), st.integers(1, 300))
+def test_crop_boxes_lie_inside_and_keep_scale_and_ratio(sample, height, width):
+    t = TrainTransform(8, seed=0, scale=(0.2, 0.9), ratio=(0.75, 4 / 3))
+    u = uniforms("augment", 0, 0, sample, 41)
+    top, left, h, w = t.crop_box(height, width, u)
+    assert h >= 1 and w >= 1 and 0 <= top <= height - h and 0 <= left <= width - w
+    if min(height, width) >= 60 and 3 / 4 <= width / height <= 4 / 3:
+        assert 0.75 / 1.06 <= w / h <= 4 / 3 * 1.06
+        assert 0.2 * 0.95 <= h * w / (height * width) <= 0.9 * 1.05
+
+
+def test_crops_fill_scale_ratio_and_place_evenly():
+    t = TrainTransform(8, seed=3, scale=(0.25, 0.75), ratio=(0.75, 4 / 3))
+    boxes = np.array([t.crop_box(500, 500, uniforms("augment", 3, 0, s, 41)) for s in range(3000)])
+    top, left, h, w = boxes.T
+    area, log_ratio = h * w / 500**2, np.log(w / h)
+    assert abs(area.mean() - 0.5) < 0.01 and abs(area.std() - 0.5 / 12**0.5) < 0.01
+    assert abs(log_ratio.mean()) < 0.01 and abs(log_ratio.std() - 2 * np.log(4 / 3) / 12**0.5) < 0.01
+    for place, free in [(top, 500 - h), (left, 500 - w)]:
+        assert abs((place / np.maximum(free, 1)).mean() - 0.5) < 0.02
+
+
+def test_no_fitting_box_falls_back_to_the_centre_of_an_allowed_ratio():
+    t = TrainTransform(8, seed=0, scale=(0.9, 1.0), ratio=(0.75, 4 / 3))
+    u = uniforms("augment", 0, 0, 0, 41)
+    assert t.crop_box(10, 1000, u) == (0, (1000 - 13) // 2, 10, 13)
+    assert t.crop_box(1000, 30, u) == ((1000 - 40) // 2, 0, 40, 30)
+
+
+def test_a_training_image_is_its_crop_resized_and_perhaps_flipped():
+    pixels, flips = picture(5, 50, 70), 0
+    t = TrainTransform(16, seed=7, scale=(0.3, 1.0))
+    for sample in range(40):
+        top, left, h, w = t.crop_box(50, 70, uniforms("augment", 7, 2, sample, 41))
+        expected = pillow_resize(pixels[top : top + h, left : left + w], 16, 16)
+        image = t(pixels, 2, sample)
+        plain, flipped = distance(image, expected), distance(image, expected[:, ::-1])
+        assert min(plain, flipped) <= 2 < max(plain, flipped)
+        flips += flipped < plain
+    assert 10 <= flips <= 30
+
+
+@pytest.mark.parametrize("hflip, expected", [(0.0, False), (1.0, True)])
+def test_flip_always_or_never_of_the_whole_image(hflip, expected):
+    pixels = picture(2, 16, 16)
+    t = TrainTransform(16, seed=0, crop="resize", hflip=hflip)
+    wanted = pixels[:, ::-1] if expected else pixels
+    assert all(distance(t(pixels, 0, s), wanted) == 0 for s in range(20))
+
+
+def test_pixels_hang_on_seed_epoch_and_sample_alone():
+    pixels = picture(9, 40, 40)
+    t = TrainTransform(8, seed=1)
+    first = t(pixels, 4, 77)
+    for other in range(30):  # whatever was drawn in between
+        t(pixels, 4, other)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert torch.equal(t(pixels, 4, 77), first)
+    assert torch.equal(TrainTransform(8, seed=1)(pixels.copy(), 4, 77), first)
+    for changed in (t(pixels, 5, 77), t(pixels, 4, 78), TrainTransform(8, seed=2)(pixels, 4, 77)):
+        assert not torch.equal(changed, first)
+
+
+def test_uniforms_are_pinned():
+    """Part of what a resumed run repeats: numpy's raw Philox stream, made into doubles here."""
+    pinned = ["0x1.31f8d65fef31ap-2", "0x1.2060203320f08p-1", "0x1.1e53c375cd83dp-1"]
+    assert [x.hex() for x in uniforms("augment", 0, 0, 0, 3).tolist()] == pinned
+    assert [x.hex() for x in uniforms("depth", 5, 2, 10**9, 1).tolist()] == ["0x1.cfa85cdcb2c90p-3"]
+    u = uniforms("augment", 3, 1, 12, 4000)
+    assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.02
+    assert uniforms("augment", 3, 1, 12, 5).tolist() == u[:5].tolist()
+    assert uniforms("depth", 3, 1, 12, 5).tolist() != u[:5].tolist()
+
+
+def test_keep_masks_follow_their_rates_and_their_sample():
+    rates = np.array([0.0, 0.25, 0.5, 0.99])
+    masks = torch.stack([keep_mask(rates, 0, 0, s) for s in range(4000)])
+    assert masks.dtype == torch.float32 and set(masks.unique().tolist()) == {0.0, 1.0}
+    assert np.allclose(1 - masks.mean(0).numpy(), rates, atol=0.03)
+    assert torch.equal(keep_mask(rates, 0, 0, 7), masks[7])
+    assert not torch.equal(torch.stack([keep_mask(rates, 0, 1, s) for s in range(50)]), masks[:50])
+
+
+# --------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("height, width", [(40, 60), (60, 40), (33, 33), (5, 200), (16, 16)])
+@pytest.mark.parametrize("fraction", [0.875, 1.0])
+def test_evaluation_resizes_the_shorter_side_and_cuts_the_centre(height, width, fraction):
+    size = 16
+    pixels = picture(3, height, width)
+    short = round(size / fraction)
+    scale = short / min(height, width)
+    new = (short, round(width * scale)) if height < width else (round(height * scale), short)
+    whole = pillow_resize(pixels, *new)
+    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    expected = whole[top : top + size, left : left + size]
+    assert distance(EvalTransform(size, fraction)(pixels), expected) <= 2
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+def test_decoding_gives_rgb_or_grey():
+    colour, grey = picture(1), picture(2, channels=1)
+    assert np.array_equal(decode_image(png(colour), 3), colour)
+    assert np.array_equal(decode_image(png(grey), 1), grey)
+    assert np.array_equal(decode_image(png(grey), 3), grey.repeat(3, axis=2))
+    assert decode_image(png(colour), 1).shape == (12, 10, 1)
+    with pytest.raises(ValueError):
+        decode_image(png(colour), 4)
+
+
+def test_jpegs_are_decoded_as_pillow_does():
+    smooth = np.asarray(Image.fromarray(picture(4, 5, 5)).resize((40, 32), Image.Resampling.BICUBIC))
+    data = simplejpeg.encode_jpeg(np.ascontiguousarray(smooth), quality=95)
+    for channels, mode in [(3, "RGB"), (1, "L")]:
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert(mode)).reshape(32, 40, channels)
+        assert np.abs(decode_image(data, channels).astype(int) - expected).max() <= 3
+    cmyk = io.BytesIO()
+    Image.fromarray(smooth).convert("CMYK").save(cmyk, "jpeg")
+    assert decode_image(cmyk.getvalue(), 3).shape == (32, 40, 3)
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xe0 not a jpeg"])
+def test_what_is_no_image_is_a_value_error(data):
+    with pytest.raises(ValueError):
+        decode_image(data)
+
+
+def test_a_truncated_image_is_a_value_error():
+    jpeg = simplejpeg.encode_jpeg(picture(1, 40, 40))
+    for data in (jpeg[: len(jpeg) // 2], png(picture(1, 40, 40))[:500]):
+        with pytest.raises(ValueError):
+            decode_image(data)
+
+
+def test_decoded_pixels_may_be_written_to():
+    """torch warns of memory that may not; such a warning in every worker would be noise on a user's terminal."""
+    for data in (png(picture(1)), simplejpeg.encode_jpeg(picture(1, 40, 40))):
+        assert decode_image(data).flags.writeable
