@@ -10,27 +10,33 @@ import errno
 import os
 import shutil
 import signal
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from data_tools.draft import Draft, Request
 from data_tools.errors import Interrupted, UserError
+from data_tools.estimate import estimate_seconds
 from data_tools.finalize import finalize
 from data_tools.local_pool import LocalPool
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.output import Output
-from data_tools.plan import Order, PlanOptions, ShardPlan, make_plan
+from data_tools.plan import Order, PlanOptions, ShardPlan
 from data_tools.plan_store import load_plan
 from data_tools.progress import Board, Progress
-from data_tools.settle import corpus_root, settle_plan
-from data_tools.sources import scan
+from data_tools.reading import Inputs
+from data_tools.settle import settle_plan
+from data_tools.sources import Columns
 from data_tools.storage import lock_folder
 from data_tools.tasks import Task, make_tasks, read_markers, run_task
+from data_tools.transform import check_encode
 
 Engine = Literal["local", "ray", "slurm"]
+OrderChoice = Literal["auto", "shuffled", "source"]
 Report = Callable[[Progress], None]
 
 
@@ -38,10 +44,11 @@ Report = Callable[[Progress], None]
 class ShardOptions:
     """What `shard_corpus` needs to know.
 
-    - source: a folder of images, or a .csv/.tsv manifest; out: the data set's folder, made if missing.
+    - source: one or several corpora (paths or URLs, see `sources`); out: the data set's folder, made if missing.
     - val_fraction: share of the images that goes to split `val`, by hash of their path, in [0, 1).
     - shard_size: bytes a tar may take; max_samples: images a tar may hold, 0 for no limit.
-    - order: `shuffled` mixes classes over all shards, by hash of path and seed; `source` keeps the listing.
+    - order: `shuffled` mixes classes over all shards, by hash of path and seed; `source` keeps the listing;
+      `auto` is `source` for archives and Parquet files with images, else `shuffled`.
     - workers: processes, 0 for one a core, at most one a shard.
     - verify: decode every image once, else read its header only; max_pixels: refuse larger images.
     - max_bad: images that may be quarantined: a count, or as a float a fraction.
@@ -50,14 +57,18 @@ class ShardOptions:
       for `sbatch`.
     - storage_options: fsspec's arguments for URLs; work: the local folder that an `out` URL needs, by default one
       in the user's cache (several machines: one that all see).
+    - columns: what the columns of a manifest mean; classes: a file with one class name a line; group_by: the column
+      whose equal values stay in one split.
+    - dedupe: `exact` keeps the first of images with the same bytes; dedupe_against: data sets to keep out.
+    - resize: shorter side in pixels, 0 to keep; encode: `keep`, `jpeg:QUALITY` or `webp:QUALITY`.
     """
 
-    source: Path
+    source: Path | str | Sequence[Path | str]
     out: Path | str
     val_fraction: float = 0.0
     shard_size: int = 256_000_000
     max_samples: int = 0
-    order: Order = "shuffled"
+    order: OrderChoice = "auto"
     seed: int = 0
     workers: int = 0
     verify: bool = True
@@ -69,6 +80,13 @@ class ShardOptions:
     sbatch: tuple[str, ...] = ()
     storage_options: dict[str, Any] = field(default_factory=dict)
     work: Path | None = None
+    columns: Columns = Columns()
+    classes: Path | None = None
+    group_by: str | None = None
+    dedupe: Literal["off", "exact"] = "off"
+    dedupe_against: tuple[Path, ...] = ()
+    resize: int = 0
+    encode: str = "keep"
 
     def __post_init__(self) -> None:
         """Raises UserError for values that cannot be meant."""
@@ -76,12 +94,14 @@ class ShardOptions:
             (0 <= self.val_fraction < 1, f"val_fraction {self.val_fraction}: must be in [0, 1)"),
             (self.shard_size >= 10_000, f"shard_size {self.shard_size} bytes: too small, try 256MB"),
             (self.max_samples >= 0, f"max_samples {self.max_samples}: must not be negative"),
-            (self.order in ("shuffled", "source"), f"order {self.order!r}: shuffled or source"),
+            (self.order in ("auto", "shuffled", "source"), f"order {self.order!r}: auto, shuffled or source"),
             (0 <= self.seed < 2**64, f"seed {self.seed}: must be in [0, 2^64)"),
             (self.workers >= 0, f"workers {self.workers}: must not be negative"),
             (self.max_pixels > 0, f"max_pixels {self.max_pixels}: must be positive"),
             (self.max_bad >= 0, f"max_bad {self.max_bad}: must not be negative"),
             (self.engine in ("local", "ray", "slurm"), f"engine {self.engine!r}: local, ray or slurm"),
+            (self.resize >= 0, f"resize {self.resize}: must not be negative"),
+            (self.dedupe in ("off", "exact"), f"dedupe {self.dedupe!r}: off or exact"),
             (self.num_tasks >= 0, f"num_tasks {self.num_tasks}: must not be negative"),
         ]
         for good, message in checks:
@@ -96,16 +116,41 @@ class ShardOptions:
             self.val_fraction,
             self.shard_size,
             self.max_samples,
-            self.order,
+            cast(Order, self.order),  # `auto` is settled by the draft
             self.seed,
             self.verify,
             self.max_pixels,
+            group_by=self.group_by,
+            dedupe=self.dedupe,
+            resize=self.resize,
+            encode=check_encode(self.encode),
         )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source, as text."""
+        given = [self.source] if isinstance(self.source, (str, Path)) else self.source
+        return tuple(map(str, given))
+
+    def request(self) -> Request:
+        return Request(
+            self.sources, replace(self.columns, group=self.group_by), self.classes, self.dedupe_against,
+            self.storage_options, self.workers,
+        )  # fmt: skip
 
 
 def plan_corpus(options: ShardOptions) -> ShardPlan:
     """Lists the corpus and plans its shards; writes nothing. Raises UserError as `shard_corpus` does."""
-    return make_plan(scan(options.source), options.plan_options())[0]
+    return preview_corpus(options)[0]
+
+
+def preview_corpus(options: ShardOptions) -> tuple[ShardPlan, float]:
+    """(the plan, an estimate of the seconds that packing takes here, from a sample of the images); writes nothing."""
+    with tempfile.TemporaryDirectory(prefix="mixer-plan-") as folder:
+        plan = Draft(options.request(), options.plan_options(), Path(folder)).build()
+        seconds = estimate_seconds(plan, Path(folder), Inputs.of(plan.corpus, options.storage_options))
+        workers = min(options.workers or available_cores(), len(plan.shards))
+        return plan, seconds / workers
 
 
 def shard_corpus(options: ShardOptions, report: Report | None = None) -> DatasetManifest:
@@ -129,7 +174,7 @@ def shard_corpus(options: ShardOptions, report: Report | None = None) -> Dataset
     output = options.output()
     with _errors(output), _alone_in(output):
         plan = settle_plan(options, output)
-        tasks = make_tasks(plan, corpus_root(options), output)
+        tasks = make_tasks(plan, Inputs.of(plan.corpus, options.storage_options), output)
         _run_missing(plan, tasks, options.workers, options.engine, report)
         return finalize(output, options.max_bad)
 
@@ -168,7 +213,7 @@ def run_part(
         lock_folder(output.folder, folder / "lock", shared=True),
         lock_folder(output.folder, folder / f"lock-{task_id}-of-{num_tasks}"),
     ):
-        tasks = make_tasks(plan, Path(plan.corpus.root), output)[task_id::num_tasks]
+        tasks = make_tasks(plan, Inputs.of(plan.corpus, output.storage_options), output)[task_id::num_tasks]
         output.remove_leftovers([t.name for t in tasks])
         _run_missing(plan, tasks, workers, "local", report)
 

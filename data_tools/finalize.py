@@ -61,16 +61,16 @@ def _assert_all_accounted_for(place: str, plan: ShardPlan, done: list[PackedShar
                 f"{len(packed.bad)} quarantined{fault}"
             )
     planned, left_out = sum(s.samples for s in plan.shards), left_out_of(plan)
-    if plan.corpus.samples != planned + left_out:
+    if plan.corpus.listed != planned + left_out:
         raise UserError(
-            f"{plan.corpus.samples} samples are in the corpus, {planned} in shards and {left_out} are "
+            f"{plan.corpus.listed} samples are in the corpus, {planned} in shards and {left_out} are "
             f"duplicates{fault}"
         )
 
 
 def left_out_of(plan: ShardPlan) -> int:
-    """Samples of the corpus that the plan keeps out of the shards: duplicates."""
-    return int(getattr(plan, "duplicates", 0))
+    """Samples of the corpus that the plan keeps out of the shards: duplicates, and what other sets hold."""
+    return plan.corpus.duplicates + plan.corpus.held_out
 
 
 def _assert_few_bad(output: Output, plan: ShardPlan, done: list[PackedShard], max_bad: int | float) -> None:

@@ -6,10 +6,11 @@ Ray itself runs the task of a lost worker or machine again.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from data_tools.errors import UserError
@@ -104,13 +105,11 @@ def _cluster(workers: int) -> Iterator[Any]:
         own = {"num_cpus": workers or None, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as e:
         raise UserError(f"cannot reach Ray at {address}: {e}; see RAY_ADDRESS") from e
-    try:
+    with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, terminate)  # Ray takes it for itself
-    except ValueError:  # not the main thread
-        pass
     try:
         yield ray
     finally:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import unicodedata
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_tools.stats import SampleRef, load_pixels
 from data_tools.stores import Store
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 COLUMNS, ROWS = 8, 6
 _TILE, _TEXT, _GAP = 112, 14, 6  # pixels
@@ -37,7 +41,7 @@ def contact_sheet(store: Store, refs: list[SampleRef], classes: list[str] | None
     return buffer.getvalue()
 
 
-def _fit(image):  # noqa: ANN001, ANN202 - Pillow is imported by the caller
+def _fit(image: Image.Image) -> Image.Image:
     scale = _TILE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, reducing_gap=2.0)

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,10 +130,8 @@ class ObjectStore:
 
     def delete(self, names: Collection[str]) -> None:
         def remove(name: str) -> None:
-            try:
+            with suppress(FileNotFoundError):
                 self._try("delete", name, lambda: self._fs.rm_file(self._path(name)))
-            except FileNotFoundError:
-                pass
 
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(remove, names))

@@ -1,0 +1,122 @@
+"""Sharding into an object store: a real server on loopback, killed together with the run or behind its back."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from corpora import make_corpus, run, set_files, start, wait_until
+from s3_server import S3Server
+
+from data_tools.engines import ShardOptions, shard_corpus
+from data_tools.errors import UserError
+from data_tools.manifest import DatasetManifest
+
+pytest.importorskip("s3fs")
+pytest.importorskip("moto")
+pytestmark = [pytest.mark.s3, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), 400, side=100)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("local") / "out"
+    shard_corpus(ShardOptions(corpus, out, max_samples=10, workers=1))
+    return set_files(out)
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = S3Server(tmp_path)
+    server.start()
+    server.client().create_bucket(Bucket="sets")
+    yield server
+    server.kill()
+
+
+def stored(server: S3Server, folder: str = "set/") -> dict[str, bytes]:
+    """The objects directly in `folder`."""
+    client = server.client()
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket="sets", Prefix=folder, Delimiter="/")
+    keys = [o["Key"] for page in pages for o in page.get("Contents", [])]
+    return {k.removeprefix(folder): client.get_object(Bucket="sets", Key=k)["Body"].read() for k in keys}
+
+
+def count(server: S3Server, folder: str, suffix: str) -> int:
+    found = server.client().list_objects_v2(Bucket="sets", Prefix=folder).get("Contents", [])
+    return sum(o["Key"].endswith(suffix) for o in found)
+
+
+def arguments(corpus: Path, server: S3Server, tmp_path: Path) -> list:
+    return ["shard", corpus, "s3://sets/set", "--max-samples", 10, "--workers", 2,
+            "--storage-options", json.dumps(server.options), "--work", tmp_path / "work"]  # fmt: skip
+
+
+def test_a_run_killed_in_the_middle_goes_on_from_the_markers_in_the_store(corpus, undisturbed, server, tmp_path):
+    first = start(*arguments(corpus, server, tmp_path), start_new_session=True)
+    wait_until(lambda: count(server, "set/plan/", ".done.json") >= 5, first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    done = count(server, "set/plan/", ".done.json")
+    assert 5 <= done < 40 and count(server, "set/", "dataset.json") == 0
+    # From another machine: nothing but the store is known there.
+    said = run(*arguments(corpus, server, tmp_path)[:-1], tmp_path / "elsewhere")
+    assert f"going on: {done * 10} of 400" in said
+    assert stored(server) == undisturbed
+    left = [p.name for p in (tmp_path / "elsewhere").rglob("*") if p.suffix in (".tar", ".npy")]
+    assert left == []  # shards do not stay here
+
+
+def test_an_outage_of_the_server_is_waited_out(corpus, undisturbed, server, tmp_path):
+    process = start(*arguments(corpus, server, tmp_path))
+    wait_until(lambda: count(server, "set/plan/", ".done.json") >= 5, process)
+    server.kill()
+    time.sleep(4)
+    assert process.poll() is None
+    server.start()
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    assert stored(server) == undisturbed
+
+
+def test_a_server_that_lost_everything_is_noticed_and_filled_again(corpus, undisturbed, server, tmp_path):
+    process = start(*arguments(corpus, server, tmp_path))
+    wait_until(lambda: count(server, "set/plan/", ".done.json") >= 5, process)
+    server.kill()
+    server.start(remember=False)
+    server.client().create_bucket(Bucket="sets")
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 1 and "are not packed yet" in error
+    run(*arguments(corpus, server, tmp_path))
+    assert stored(server) == undisturbed
+
+
+def test_refusals(corpus, server, tmp_path):
+    options = ShardOptions(
+        make_corpus(tmp_path / "in", 12), "s3://sets/other", max_samples=5, workers=1,
+        storage_options=server.options, work=tmp_path / "work",
+    )  # fmt: skip
+    manifest = shard_corpus(options)
+    assert DatasetManifest.from_json(stored(server, "other/")["dataset.json"].decode()) == manifest
+    elsewhere = {"max_samples": 4, "work": tmp_path / "elsewhere"}
+    with pytest.raises(UserError, match="s3://sets/other was begun with another plan: max_samples was 5, is 4"):
+        shard_corpus(replace_options(options, **elsewhere))
+    shard_corpus(replace_options(options, overwrite=True, **elsewhere))
+    assert len([n for n in stored(server, "other/") if n.endswith(".tar")]) == 3
+    server.client().put_object(Bucket="sets", Key="foreign/a.tar", Body=b"x")
+    with pytest.raises(UserError, match=r"already holds a\.tar"):
+        shard_corpus(replace_options(options, out="s3://sets/foreign", work=tmp_path / "foreign"))
+    with pytest.raises(UserError, match="nowhere"):
+        shard_corpus(replace_options(options, out="s3://nowhere/set", work=tmp_path / "nowhere"))
+
+
+def replace_options(options: ShardOptions, **changes) -> ShardOptions:
+    from dataclasses import replace
+
+    return replace(options, **changes)
