@@ -33,9 +33,12 @@ def settle_plan(options: ShardOptions, output: Output, report: PlanReport | None
     try:
         plan = _settled(draft, earlier, options, output)
         if output.url is not None:
-            _settle_remote(output, plan, options.overwrite)
+            known = earlier is not None and earlier.digest == plan.digest
+            _settle_remote(output, plan, options.overwrite, known)
     except UserError:
         draft.clear()
+        if earlier is None and output.url is not None:
+            remove_plan(folder)
         raise
     draft.clear()
     return _store_plan(plan, output)
@@ -69,13 +72,17 @@ def _other_plan(output: Output, change: str) -> UserError:
 _REMOTE_PLAN = f"{PLAN_FOLDER}/plan.json"
 
 
-def _settle_remote(output: Output, plan: ShardPlan, overwrite: bool) -> None:
-    """Refuses, or with `overwrite` discards, what another plan left in the object store."""
+def _settle_remote(output: Output, plan: ShardPlan, overwrite: bool, known: bool) -> None:
+    """Refuses, or with `overwrite` discards, what another plan left in the object store.
+
+    `known`: this plan was begun from here before; its header missing there means that the store lost it.
+    """
     store = output.store()
     try:
         header = store.read(_REMOTE_PLAN)
     except FileNotFoundError:
-        _refuse_foreign(output)
+        if not known:
+            _refuse_foreign(output)
         return
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "plan.json").write_bytes(header)

@@ -152,6 +152,10 @@ class ObjectStore:
             return retrying(action, what)
         except PermissionError as e:
             raise UserError(f"{what}: {e}; see --storage-options") from e
+        except FileNotFoundError as e:
+            if verb == "write":  # a place to write to is missing, not a file
+                raise UserError(f"{what}: no such bucket; make it first") from e
+            raise
 
 
 def open_store(place: str | Path, options: dict[str, Any] | None = None) -> Store:
