@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_tools.cli_data import data_app
-from data_tools.cli_values import format_bytes, format_shards, parse_bad, parse_size
+from data_tools.cli_values import format_bytes, format_seconds, format_shards, parse_bad, parse_size
 
 if TYPE_CHECKING:
     from data_tools.manifest import DatasetManifest
@@ -33,17 +33,26 @@ class EngineChoice(StrEnum):
 class OrderChoice(StrEnum):
     """In which order samples are laid into shards."""
 
+    auto = "auto"
     shuffled = "shuffled"
     source = "source"
+
+
+class DedupeChoice(StrEnum):
+    """Whether images with the same bytes are kept once."""
+
+    off = "off"
+    exact = "exact"
 
 
 def shard(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE OUT",
-            help="Image folder, or .csv/.tsv with columns path[,label][,split]; then the folder for the shards, made "
-            "if missing, or a URL (s3://bucket/set).",
+            metavar="SOURCE... OUT",
+            help="Image folders, .csv/.tsv/.jsonl/.parquet manifests, tar or zip archives, folders of archives or of "
+            "Parquet files, here or at URLs; then the folder for the shards, made if missing, or a URL "
+            "(s3://bucket/set).",
         ),
     ],
     val_fraction: Annotated[
@@ -52,8 +61,12 @@ def shard(
     shard_size: Annotated[str, typer.Option(help="Largest tar: 256MB, 1GiB, ...")] = "256MB",
     max_samples: Annotated[int, typer.Option(min=0, help="Most images in a tar; 0: no limit.")] = 0,
     order: Annotated[
-        OrderChoice, typer.Option(help="shuffled: classes are mixed over all shards; source: as listed.")
-    ] = OrderChoice.shuffled,
+        OrderChoice,
+        typer.Option(
+            help="shuffled: classes are mixed over all shards; source: as listed; auto: source for archives and "
+            "Parquet files with images, else shuffled."
+        ),
+    ] = OrderChoice.auto,
     seed: Annotated[int, typer.Option(min=0, help="For the order and the split.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
     verify: Annotated[bool, typer.Option(help="Decode every image, or read its header only.")] = True,
@@ -84,12 +97,37 @@ def shard(
     work: Annotated[
         Path | None, typer.Option(help="Local folder for plan and unfinished shards when OUT is a URL.")
     ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="File with one class name a line, in order of their numbers; others are refused.")
+    ] = None,
+    path_column: Annotated[str | None, typer.Option(help="Column with paths or URLs; default: path, file, url, ...")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Parquet column with image bytes.")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column with the label, or with several; default: label, labels, class.")
+    ] = None,
+    label_from_folder: Annotated[
+        bool, typer.Option("--label-from-folder", help="The class is the folder an image of the manifest lies in.")
+    ] = False,
+    header: Annotated[
+        str | None, typer.Option(help="Column names of a CSV without header: Bucket,Key,Size,... (S3 Inventory).")
+    ] = None,
+    group_by: Annotated[
+        str | None, typer.Option(help="Column whose equal values stay in one split (patient, product, video).")
+    ] = None,
+    dedupe: Annotated[
+        DedupeChoice, typer.Option(help="exact: images with the same bytes are kept once (reads everything once more).")
+    ] = DedupeChoice.off,
+    dedupe_against: Annotated[
+        list[Path] | None, typer.Option(help="A finished data set whose images are kept out; repeatable.")
+    ] = None,
+    resize: Annotated[int, typer.Option(min=0, help="Shrink to this shorter side in pixels; 0: keep.")] = 0,
+    encode: Annotated[str, typer.Option(help="keep the bytes, or jpeg:90, webp:85.")] = "keep",
 ) -> None:
     """Pack a corpus of images into WebDataset shards; run it again after any interruption.
 
     Subfolders are classes (photos/cat/1.jpg), or splits of classes
-    (photos/train/cat/1.jpg); a flat folder has no labels. Image bytes are kept
-    as they are. Bad images are listed in OUT/quarantine.jsonl and never enter
+    (photos/train/cat/1.jpg); a flat folder has no labels. Archives are read as
+    they are. Image bytes are kept unless --resize or --encode say otherwise. Bad images are listed in OUT/quarantine.jsonl and never enter
     a shard.
 
     Examples:
@@ -100,6 +138,10 @@ def shard(
 
       mixer shard photos/ shards/ --dry-run
 
+      mixer shard ILSVRC2012_img_train.tar shards/ --resize 256 --encode jpeg:90
+
+      mixer shard products.parquet more/ shards/ --group-by product --dedupe exact
+
       mixer shard photos/ s3://bucket/set --storage-options endpoint_url=http://host:9000
 
       mixer shard photos/ shards/ --engine slurm --num-tasks 16 --sbatch "--time=2:00:00"
@@ -108,6 +150,7 @@ def shard(
     """
     from data_tools import engines
     from data_tools.progress import ProgressPrinter
+    from data_tools.sources import Columns
     from data_tools.storage import parse_storage_options
 
     stores = parse_storage_options(storage_options or [])
@@ -121,14 +164,19 @@ def shard(
         with ProgressPrinter() as printer:
             engines.run_part(engines.Output.at(out, stores, work), task_id, num_tasks, workers, printer)
         return
-    if len(sources) != 1:
-        raise typer.BadParameter("give the corpus and the output: SOURCE OUT")
+    if not sources:
+        raise typer.BadParameter("give the corpus and the output: SOURCE... OUT")
     options = engines.ShardOptions(
-        Path(sources[0]), out, val_fraction, parse_size(shard_size), max_samples, order.value, seed, workers, verify,
+        sources, out, val_fraction, parse_size(shard_size), max_samples, order.value, seed, workers, verify,
         max_pixels, parse_bad(max_bad), overwrite, engine.value, num_tasks, tuple(shlex.split(sbatch)), stores, work,
+        Columns(path_column, image_column, label_column, None, tuple((header or "").split(",")) if header else (),
+                label_from_folder),
+        classes, group_by, dedupe.value, tuple(dedupe_against or ()), resize, encode,
     )  # fmt: skip
     if dry_run:
-        _show_plan(engines.plan_corpus(options))
+        plan, seconds = engines.preview_corpus(options)
+        _show_plan(plan)
+        typer.echo(f"packing takes about {format_seconds(seconds)} on this machine")
         return
     if plan_only:
         _show_plan(engines.plan_into(options))
@@ -169,10 +217,16 @@ def _show_plan(plan: ShardPlan) -> None:
         more = ", ..." if len(plan.classes) > 5 else ""
         typer.echo(f"classes: {len(plan.classes):,} ({', '.join(plan.classes[:5])}{more})")
     _show_ignored(plan.corpus.ignored)
+    _show_left_out(plan.corpus.duplicates, plan.corpus.held_out)
     for split in dict.fromkeys(s.split for s in plan.shards):
         shards = [s for s in plan.shards if s.split == split]
         images, size = sum(s.samples for s in shards), format_bytes(sum(s.bytes for s in shards))
         typer.echo(f"{split}: {images:,} images, {format_shards(len(shards))}, {size} ({shards[0].name} ...)")
+
+
+def _show_left_out(duplicates: int, held_out: int) -> None:
+    if duplicates or held_out:
+        typer.echo(f"left out: {duplicates:,} duplicates, {held_out:,} that other sets hold (duplicates.jsonl)")
 
 
 def _show_ignored(ignored: dict[str, int]) -> None:

@@ -40,3 +40,10 @@ def format_bytes(n: float) -> str:
 def format_shards(n: int) -> str:
     """"1 shard", "2,000 shards"."""
     return f"{n:,} shard" + "s" * (n != 1)
+
+
+def format_seconds(seconds: float) -> str:
+    """ "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

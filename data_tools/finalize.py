@@ -11,7 +11,7 @@ from data_tools.manifest import MANIFEST_NAME, DatasetManifest, ShardInfo
 from data_tools.output import Output
 from data_tools.pack import PackedShard
 from data_tools.plan import ShardPlan
-from data_tools.plan_store import load_plan
+from data_tools.plan_store import DUPLICATES_NAME, load_plan
 from data_tools.sheet import contact_sheet
 from data_tools.stats import split_stats
 from data_tools.storage import join
@@ -47,6 +47,7 @@ def finalize(output: Output, max_bad: int | float = 0) -> DatasetManifest:
         )
     _assert_all_accounted_for(output.place, plan, done)
     _write_quarantine(store, done)
+    _copy_duplicates(store, output)
     _assert_few_bad(output, plan, done, max_bad)
     return _publish(store, plan, done)
 
@@ -93,6 +94,13 @@ def _write_quarantine(store: Store, done: list[PackedShard]) -> None:
         store.write(QUARANTINE_NAME, "".join(lines).encode())
     elif QUARANTINE_NAME in store.list():
         store.delete([QUARANTINE_NAME])
+
+
+def _copy_duplicates(store: Store, output: Output) -> None:
+    """The list of images that were left out as duplicates, beside the shards."""
+    path = output.plan_folder / DUPLICATES_NAME
+    if path.exists():
+        store.write(DUPLICATES_NAME, path.read_bytes())
 
 
 def _publish(store: Store, plan: ShardPlan, done: list[PackedShard]) -> DatasetManifest:

@@ -75,7 +75,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: 4:4:1
         return None
     return int(width), int(height)
 

@@ -13,7 +13,7 @@ from data_tools.manifest import MANIFEST_NAME, index_name
 from data_tools.output import Output
 from data_tools.pack import marker_path
 from data_tools.plan import ShardPlan
-from data_tools.plan_store import PLAN_FOLDER, load_plan, remove_plan
+from data_tools.plan_store import DUPLICATES_NAME, PLAN_FOLDER, load_plan, remove_plan
 from data_tools.planner import Report as PlanReport
 from data_tools.storage import is_url
 from data_tools.stores import LocalStore, Store
@@ -120,5 +120,5 @@ def _discard(store: Store, plan: ShardPlan) -> None:
     """Deletes what `plan` made and nothing else; the plan last, so that a kill in between is safe."""
     names = [s.name for s in plan.shards]
     store.delete([f"{PLAN_FOLDER}/{marker_path(Path(), name).name}" for name in names])
-    store.delete([*names, *map(index_name, names), MANIFEST_NAME, QUARANTINE_NAME, SHEET_NAME])
+    store.delete([*names, *map(index_name, names), MANIFEST_NAME, QUARANTINE_NAME, SHEET_NAME, DUPLICATES_NAME])
     store.delete([_REMOTE_PLAN])

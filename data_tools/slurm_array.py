@@ -27,7 +27,7 @@ OPTIONS_VARIABLE = "MIXER_STORAGE_OPTIONS"  # secrets travel in the environment,
 _POLL_SECONDS = 2.0
 _SCRIPT = """#!/bin/bash
 # One task of an array that packs {place}; written by `mixer shard --engine slurm`.
-exec {command} --task-id "$SLURM_ARRAY_TASK_ID"
+exec {command} --task-id "$SLURM_ARRAY_TASK_ID" -- {output}
 """
 
 
@@ -38,10 +38,8 @@ def submit_array(output: Output, num_tasks: int, workers: int = 0, sbatch: Seque
     or refuses.
     """
     if shutil.which("sbatch") is None:
-        raise UserError(
-            "--engine slurm needs sbatch on this machine; without it run each part by hand: "
-            f"{shlex.join(part_command(output, num_tasks, workers))} --task-id 0 ..."
-        )
+        command = shlex.join([*_part_command(output, num_tasks, workers), "--task-id", "0", "--", _absolute(output)])
+        raise UserError(f"--engine slurm needs sbatch on this machine; without it run every part: {command}, ...")
     logs = output.plan_folder.resolve() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     script = output.plan_folder.resolve() / "array.sh"
@@ -63,15 +61,18 @@ def submit_array(output: Output, num_tasks: int, workers: int = 0, sbatch: Seque
 def array_script(output: Output, num_tasks: int, workers: int) -> str:
     """The batch script; every path is quoted, and comments hold no line breaks."""
     place = output.place.encode("unicode_escape").decode()
-    return _SCRIPT.format(place=place, command=shlex.join(part_command(output, num_tasks, workers)))
+    command = shlex.join(_part_command(output, num_tasks, workers))
+    return _SCRIPT.format(place=place, command=command, output=shlex.quote(_absolute(output)))
 
 
-def part_command(output: Output, num_tasks: int, workers: int) -> list[str]:
-    """The command that runs one part of the plan, without its `--task-id`."""
-    folder = str(output.folder.resolve())
-    where = [folder] if output.url is None else [output.url, "--work", folder]
+def _part_command(output: Output, num_tasks: int, workers: int) -> list[str]:
+    """The command that runs one part of the plan, without its `--task-id` and the output."""
     command = [sys.executable, "-m", "data_tools", "shard", f"--num-tasks={num_tasks}", f"--workers={workers}"]
-    return [*command, "--", *where] if output.url is None else [*command, *where[1:], "--", where[0]]
+    return command if output.url is None else [*command, "--work", str(output.folder.resolve())]
+
+
+def _absolute(output: Output) -> str:
+    return output.url or str(output.folder.resolve())
 
 
 def wait_for_array(job: str, output: Output, report: Callable[[Progress], None] | None = None) -> None:

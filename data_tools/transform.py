@@ -97,7 +97,7 @@ def _decode_jpeg(data: bytes, info: ImageInfo, target: int) -> Image.Image | Non
 
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except (ValueError, KeyError):
         return None
     if space not in ("YCbCr", "RGB", "Gray", "GRAY"):
         return None

@@ -88,6 +88,8 @@ def _compare_members(tar: Path, rows: np.ndarray, decode: bool) -> Iterator[tupl
                     if data != b"%d" % (-1 if label is None else label):
                         yield key, f"label {data!r}, the index says {label}"
                     continue
+                if suffix == "json":  # extra columns, several labels
+                    continue
                 number += 1
                 if number < len(rows):
                     yield from ((key, what) for what in _compare_row(rows[number], member, key, data, decode))

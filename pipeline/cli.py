@@ -5,6 +5,7 @@ The command line itself is in `launch.cli`; torch is imported here, inside the f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -115,7 +116,12 @@ def run_smoke(config: Config) -> int:
     from pipeline.trainer import Trainer
 
     world = World.join()
-    with tempfile.TemporaryDirectory(prefix="mixer-smoke-") as mine:
+    runs = RunFolder(config.run.dir).path.resolve().parent  # beside the run to be: a folder that all nodes see
+    made = world.is_main and not runs.exists()
+    if world.is_main:
+        runs.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(prefix=".smoke-", dir=runs) if world.is_main else contextlib.nullcontext("")
+    with scratch as mine:
         folder = world.broadcast(mine)
         config = replace(
             config,
@@ -137,6 +143,8 @@ def run_smoke(config: Config) -> int:
                 print(f"smoke test: {SMOKE_STEPS} steps, saved, resumed, 1 more step{evaluated}: fit to submit")
         finally:
             world.leave()
+    if made:
+        runs.rmdir()
     return 0
 
 

@@ -10,6 +10,8 @@ attempt repeats the steps since the last checkpoint; `live_lines` leaves out the
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -62,7 +64,9 @@ class RunFolder:
             # A POSIX lock is the process' own: data workers that outlive a killed trainer by some seconds do not hold
             # it (they would inherit a flock), so a restart is not kept out
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except OSError as e:
+            if e.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                return  # a file system without locks: nobody can be kept out
             self._lock.seek(0)
             raise UserError(
                 f"{self.path}: another training writes into this run folder ({self._lock.read().strip()}); "
@@ -80,8 +84,9 @@ class RunFolder:
         append_line(self.events, {"time": time.time(), "event": event, **details})
 
     def write_status(self, **status: Any) -> None:
-        """Replaces STATUS.json atomically: a reader never sees half of it."""
-        replace_file(self.status, json.dumps({"time": time.time(), **status}, indent=1) + "\n")
+        """Replaces STATUS.json atomically: a reader never sees half of it. A full disk leaves the old one."""
+        with contextlib.suppress(OSError):
+            replace_file(self.status, json.dumps({"time": time.time(), **status}, indent=1) + "\n")
 
     def read_status(self) -> dict[str, Any]:
         try:
@@ -123,15 +128,25 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+_UNWRITTEN: dict[Path, list[bytes]] = {}
+
+
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """One JSON object a line, in one write. A line that a crash cut short is closed first, and left out by readers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as f:
-        if f.tell():
-            f.seek(-1, os.SEEK_END)
-            if f.read(1) != b"\n":
-                f.write(b"\n")
-        f.write(json.dumps(line).encode() + b"\n")
+    """One JSON object a line, in one write. A line that a crash cut short is closed first, and left out by readers.
+
+    What a full disk does not take is kept in memory and written with the next line: it must not end a training.
+    """
+    lines = [*_UNWRITTEN.pop(path, []), json.dumps(line).encode() + b"\n"]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as f:
+            if f.tell():
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n":
+                    f.write(b"\n")
+            f.write(b"".join(lines))
+    except OSError:
+        _UNWRITTEN[path] = lines
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -166,16 +181,16 @@ def read_digests(run: str | Path) -> dict[int, tuple[int, int, str]]:
 
     Ranks' digests add up modulo 2**64; so runs on other numbers of ranks compare equal.
     """
-    lines: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    lines: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
     for path in sorted((RunFolder(run).path / "ledger").glob("rank-*.jsonl")):
-        for line in read_lines(path):
-            lines.setdefault((line["step"], line["attempt"]), []).append(line)
+        for line in read_lines(path):  # of a line that was written twice (after a full disk) the last counts
+            lines.setdefault((line["step"], line["attempt"]), {})[path.name] = line
     newest: dict[int, int] = {}
     for step, attempt in lines:
         newest[step] = max(newest.get(step, -1), attempt)
     digests = {}
     for step, attempt in sorted(newest.items()):
-        rows = lines[step, attempt]
+        rows = list(lines[step, attempt].values())
         total = sum(int(r["digest"], 16) for r in rows) % 2**64
         digests[step] = rows[0]["epoch"], rows[0]["position"], f"{total:016x}"
     return digests

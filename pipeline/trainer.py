@@ -19,7 +19,7 @@ from torch import Tensor
 from data_tools.errors import UserError
 from pipeline.build import Parts
 from pipeline.checkpoint.layout import CheckpointError, CheckpointReader
-from pipeline.checkpoint.manager import best_step, step_folder
+from pipeline.checkpoint.manager import best_score, step_folder
 from pipeline.checkpoint.stager import BackgroundSaver, SaveResult
 from pipeline.data.loader import Batch, eval_batches, step_digest, train_batches
 from pipeline.duration import Duration
@@ -28,7 +28,7 @@ from pipeline.health import SickSteps, Watchdog, slowest_rank
 from pipeline.metrics import Display, MetricWriter, image_grid, token_mixing_picture
 from pipeline.optim import lr_scale
 from pipeline.parallel.engine import StepStats
-from pipeline.run import append_line
+from pipeline.run import append_line, read_lines
 
 Outcome = Literal["finished", "stopped"]
 RETRY_SAVE_SECONDS = 60.0
@@ -110,7 +110,7 @@ class Trainer:
     def _step(self, batches: list[Batch], end: int) -> bool:
         """One optimizer step and what is due after it. True when training ends here."""
         self._show_batch(batches[0])
-        stats, norm = self.engine.train_step(batches, self.learning_rate())
+        stats, norm = self.engine.train_step(batches, self.learning_rate(self.step))
         self._complete_step(batches)
         self.sick.add(self.step, stats.loss / stats.weight.clamp(min=1), norm)
         self._watchdog.beat()
@@ -126,10 +126,11 @@ class Trainer:
             self._save()
         return finished or stop
 
-    def learning_rate(self) -> float:
+    def learning_rate(self, step: int) -> float:
+        """Of update number `step`, counted from 0."""
         c = self.config.scheduler
         return self.config.optimizer.lr * lr_scale(
-            self.step,
+            step,
             total_steps=self.schedule.total_steps,
             warmup_steps=self.schedule.warmup_steps,
             name=c.name,
@@ -233,6 +234,8 @@ class Trainer:
         self.step, self.samples = state.get("step", 0), state.get("samples", 0)
         self.schedule = parts.schedule
         self.saved_at = self._save_begun_at = self.step if reader else -1
+        if reader and reader.manifest.metrics:
+            self.metrics, self.evaluated_at = reader.manifest.metrics, self.step
         self.saver.prepare([*self.engine.owned(), *parts.average.pieces()])
         running = self.engine.verify()
         self.attempt = world.broadcast(self.run.next_attempt() if world.is_main else None)
@@ -273,7 +276,8 @@ class Trainer:
             name = self.flag.name
             if finished:
                 self.run.finished.write_text(f"step {self.step}\n")
-                self.run.record("finish", attempt=self.attempt, step=self.step, metrics=self.metrics)
+                if not any(e["event"] == "finish" and e["step"] == self.step for e in read_lines(self.run.events)):
+                    self.run.record("finish", attempt=self.attempt, step=self.step, metrics=self.metrics)
             elif name:
                 self.run.record("signal", attempt=self.attempt, step=self.step, name=name)
             self._write_status("finished" if finished else "saved")
@@ -432,25 +436,15 @@ class Trainer:
         """True right after an evaluation that beat every saved checkpoint's: such a step is worth keeping."""
         if self.evaluated_at != self.step:
             return False
-        mine = self.metrics["top1"]
-
-        def saved_best() -> float:
-            step = best_step(self.run.checkpoints)
-            return CheckpointReader(step_folder(self.run.checkpoints, step)).manifest.metrics["top1"] if step else -1.0
-
-        return self.world.broadcast(mine > saved_best() if self.world.is_main else None)
+        if not self.world.is_main:
+            return self.world.broadcast(None)
+        best = best_score(self.run.checkpoints)
+        return self.world.broadcast(best is None or self.metrics["top1"] > best[0])
 
     def _log(self, stats: StepStats, norm: Tensor) -> None:
         """The loss is this step's, not an average: so that it is the same after a resume in between."""
         loss, weight, correct, wait = self.world.sum(
             [stats.loss.item(), stats.weight.item(), stats.correct.item(), self._clock.data_wait]
-        )
-        lr = self.config.optimizer.lr * lr_scale(
-            self.step - 1,
-            total_steps=self.schedule.total_steps,
-            warmup_steps=self.schedule.warmup_steps,
-            name=self.config.scheduler.name,
-            end_factor=self.config.scheduler.end_factor,
         )
         elapsed = time.perf_counter() - self._clock.since
         slow = slowest_rank(self._own_seconds, self.world)
@@ -462,7 +456,7 @@ class Trainer:
         values = {
             "loss": loss / max(weight, 1.0),
             "accuracy": correct / max(weight, 1.0),
-            "lr": lr,
+            "lr": self.learning_rate(self.step - 1),
             "grad_norm": float(norm),
             "img_per_s": rate,
             "img_per_s_per_device": rate / self.world.size,

@@ -9,6 +9,7 @@ hash, the union of pieces is checked, rank 0 writes the manifest last. A folder 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -63,8 +64,8 @@ def committed_steps(root: Path) -> list[int]:
     return sorted(s for s, p in found if (p / MANIFEST).exists())
 
 
-def best_step(root: Path, metric: str = "top1") -> int | None:
-    """The step whose checkpoint was evaluated best; the later of equals; None where none was evaluated."""
+def best_score(root: Path, metric: str = "top1") -> tuple[float, int] | None:
+    """(score, step) of the checkpoint that was evaluated best; the later of equals; None where none was evaluated."""
     scores = []
     for step in committed_steps(root):
         try:
@@ -73,7 +74,13 @@ def best_step(root: Path, metric: str = "top1") -> int | None:
             continue
         if value is not None:
             scores.append((value, step))
-    return max(scores)[1] if scores else None
+    return max(scores, default=None)
+
+
+def best_step(root: Path) -> int | None:
+    """The step of `best_score`."""
+    best = best_score(root)
+    return best[1] if best else None
 
 
 def choose(root: Path, which: str) -> Path:
@@ -174,9 +181,11 @@ class CheckpointManager:
         os.replace(folder / (MANIFEST + ".tmp"), folder / MANIFEST)
         sync_folder(folder)
         sync_folder(self.root)
-        _write_synced(self.root / "LATEST.tmp", folder.name.encode() + b"\n")
-        os.replace(self.root / "LATEST.tmp", self.root / "LATEST")
-        self._prune()
+        # From here on the checkpoint exists: what fails now is housekeeping, and tried again after the next save
+        with contextlib.suppress(OSError):
+            _write_synced(self.root / "LATEST.tmp", folder.name.encode() + b"\n")
+            os.replace(self.root / "LATEST.tmp", self.root / "LATEST")
+            self._prune()
 
     def _prune(self) -> None:
         steps = committed_steps(self.root)

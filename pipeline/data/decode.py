@@ -1,4 +1,8 @@
-"""Encoded bytes -> pixels. simplejpeg for JPEG, Pillow for every other format; numpy uint8 [H, W, channels] out."""
+"""Encoded bytes -> pixels. simplejpeg for JPEG, Pillow for every other format; numpy uint8 [H, W, channels] out.
+
+Accepts what `data_tools.images.check_image` accepts when a corpus is sharded (a test holds the two together): the same
+formats, told by content, and for JPEGs that simplejpeg does not read (CMYK, unusual subsampling) the same way out.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import numpy as np
 import simplejpeg
 
 MAX_PIXELS = 200_000_000  # refused by the header before anything is decoded: a decompression bomb costs no memory
+# Nothing in a data set may reach a decoder that runs other programs: Pillow's EPS plugin starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")
 
 
 def decode_image(data: bytes, channels: int = 3) -> np.ndarray:
@@ -18,23 +24,34 @@ def decode_image(data: bytes, channels: int = 3) -> np.ndarray:
     """
     if channels not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, not {channels}")
-    if data[:2] == b"\xff\xd8":
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=True)
-        _check_size(int(width), int(height))
+    if data[:2] == b"\xff\xd8" and (header := _jpeg_header(data)) is not None:
+        width, height, space = header
+        _check_size(width, height)
         if space != "CMYK":  # libjpeg-turbo has no conversion from CMYK to RGB; Pillow does
             return simplejpeg.decode_jpeg(data, colorspace="RGB" if channels == 3 else "GRAY", strict=True)
     return _decode_pillow(data, channels)
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, str] | None:
+    """(width, height, colour space), or None where simplejpeg cannot read the header: Pillow may."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=True)
+    except (ValueError, KeyError):  # KeyError: 4:4:1
+        return None
+    return int(width), int(height), str(space)
 
 
 def _decode_pillow(data: bytes, channels: int) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size)
-            pixels = np.array(image.convert("RGB" if channels == 3 else "L"))  # asarray's is read-only
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(str(e)) from e
+            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    except (MemoryError, ValueError):
+        raise
+    except Exception as e:  # Pillow's plugins raise anything: SyntaxError, struct.error, KeyError
+        raise ValueError(str(e) or type(e).__name__) from e
     return pixels if channels == 3 else pixels[:, :, None]
 
 

@@ -56,7 +56,7 @@ def open_source(path: str, *splits: str, image_size: int, num_classes: int | Non
 
 
 class TarSource:
-    """Indexed tars in a local folder, read by one positioned read a sample; safe in forked workers.
+    """Indexed tars in a local folder, one positioned read a sample: descriptors may be shared with forked workers.
 
     Raises:
         UserError: no such data set or split; a shard that is missing or whose size is not the manifest's.
@@ -83,7 +83,6 @@ class TarSource:
         self._max_open = max_open
         self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
         self._verified: set[int] = set()
-        self._pid = os.getpid()
         self._check_shards()
 
     def _check_shards(self) -> None:
@@ -119,9 +118,6 @@ class TarSource:
         return RawSample(pixels, int(row["label"]), crc)
 
     def _shard(self, shard: int) -> tuple[int, np.ndarray]:
-        if self._pid != os.getpid():  # a fork shares descriptors; closing ours must not be the parent's business
-            self._open.clear()
-            self._pid = os.getpid()
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
