@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 CHUNK = 1 << 20
@@ -34,9 +35,11 @@ def generate(file: Path, rows: int) -> None:
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for start in range(0, rows, CHUNK):
             count = min(CHUNK, rows - start)
-            labels = (np.arange(start, start + count) * CLASSES // rows).tolist()
-            names = [f"n{label:08d}" for label in labels]
-            paths = [f"train/{name}/{name}_{i:09d}.JPEG" for i, name in enumerate(names, start)]
+            number = np.arange(start, start + count)
+            digits = pc.utf8_lpad(pa.array(number * CLASSES // rows).cast(pa.string()), 8, "0")
+            names = pc.binary_join_element_wise("n", digits, "")
+            numbers = pc.utf8_lpad(pa.array(number).cast(pa.string()), 9, "0")
+            paths = pc.binary_join_element_wise("train/", names, "/", names, "_", numbers, ".JPEG", "")
             sizes = rng.lognormal(11.4, 0.5, count).astype(np.int64) + 1
             writer.write_table(pa.table([paths, names, sizes], schema=schema))
 

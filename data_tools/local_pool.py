@@ -120,7 +120,12 @@ def _start_worker(cells: Any, stop: Any) -> None:
     """Runs first in every worker."""
     global _cells, _stop
     _cells, _stop = cells, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    ignore_interrupts()
+
+
+def ignore_interrupts() -> None:
+    """Leaves Ctrl-C, which reaches the whole group, to the parent; ends this process when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

@@ -183,9 +183,10 @@ def main() -> None:
         os.environ["MIXER_DEBUG"] = "1"  # for the training processes
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if under_torchrun:
-        from launch.local import die_with_parent
+        from launch.local import die_with_parent, show_presence
 
         die_with_parent()
+        show_presence()
     code: object = 0
     try:
         app()

@@ -7,13 +7,16 @@ knows: was it an error that a restart cannot mend, was it asked to stop, has it 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from data_tools.errors import UserError
 from pipeline.checkpoint.manager import committed_steps
@@ -30,6 +33,22 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
     """Asks the kernel (Linux) for a signal when the parent ends, however it ends: no process is left over."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
+
+
+_presence: TextIO | None = None
+
+
+def show_presence() -> None:
+    """A training process holds a lock for as long as it lives; so the launcher sees when the last one has ended.
+
+    It matters where torchrun itself was killed: the ranks save and end some time later, and a restart meanwhile would
+    find them in its run folder.
+    """
+    global _presence
+    path = os.environ.get(OUTCOME_FILE)
+    if path:
+        _presence = open(path + ".alive", "a+")  # noqa: SIM115 - held on purpose
+        fcntl.lockf(_presence, fcntl.LOCK_SH)
 
 
 def report_outcome(code: int) -> None:
@@ -67,7 +86,8 @@ class LocalLauncher:
             codes, agent_code = self._start_once()
             if agent_code == 0:
                 return 0
-            if EXIT_SAVED in codes:
+            agent_killed = agent_code < 0 and not self._stopping  # its ranks saved, but nobody asked for an end
+            if EXIT_SAVED in codes and not agent_killed:
                 return EXIT_SAVED
             if UserError.exit_code in codes or self._stopping:
                 return UserError.exit_code
@@ -96,8 +116,25 @@ class LocalLauncher:
                 preexec_fn=die_with_parent,
             )
             code = self._agent.wait()
+            self._wait_for_ranks(Path(f"{outcome}.alive"))
             lines = outcome.read_text().split() if outcome.exists() else []
             return [int(line) for line in lines], code
+
+    def _wait_for_ranks(self, presence: Path) -> None:
+        """Until no training process of this start is left; at once, unless torchrun was killed."""
+        deadline = time.monotonic() + _SAVE_SECONDS
+        with open(presence, "a+") as f:
+            while True:
+                try:
+                    fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except (BlockingIOError, PermissionError):
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"torchrun is gone, but its training processes do not end; see {self.run.path / '.lock'} "
+                            "for one of them, kill them, then `mixer resume`"
+                        ) from None
+                    time.sleep(0.1)
 
     def _forward(self, number: int, frame: object) -> None:
         self._stopping = True

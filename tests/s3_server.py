@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -33,7 +34,7 @@ class S3Server:
         env = {**os.environ, "MOTO_ENABLE_RECORDING": "True", "MOTO_RECORDER_FILEPATH": str(self._recording)}
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+                [sys.executable, __file__, str(self.port)],
                 env=env, stdout=log, stderr=log,
             )  # fmt: skip
         end = time.monotonic() + 60
@@ -67,3 +68,23 @@ class S3Server:
             "s3", endpoint_url=self.url, aws_access_key_id="test", aws_secret_access_key="test",
             region_name="us-east-1",
         )  # fmt: skip
+
+
+def serve(port: int) -> None:
+    """Runs the server; one request at a time, because moto's recorder mixes up those that come at once."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import run_simple
+
+    app, turn = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def one_at_a_time(environ, start_response):
+        if "/recorder/" in environ["PATH_INFO"]:  # playing back calls the server itself
+            return app(environ, start_response)
+        with turn:
+            return list(app(environ, start_response))
+
+    run_simple("127.0.0.1", port, one_at_a_time, threaded=True)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -9,8 +9,7 @@ written here: hash and bytes go out in one pass, and no second copy of the state
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any, Protocol
 
 import torch
 import xxhash
-from safetensors import safe_open
 from torch import Tensor
 
 from data_tools.errors import UserError
+from pipeline.checkpoint.place import blocks, read_range, size, write_durably
 from pipeline.parallel.engine import ADAM_MOMENTS, BUFFER, EMA, WEIGHT, Piece
 
 FORMAT_VERSION = 1
@@ -37,6 +36,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 Key = tuple[str, str]  # (name, kind)
 
@@ -75,16 +75,13 @@ def write_pieces(path: Path, pieces: Iterable[Piece]) -> FileRecord:
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # the format wants its data aligned
     digest = xxhash.xxh3_128()
-    with open(path, "wb") as f:
-        for block in (len(head).to_bytes(8, "little"), head):
+
+    def content() -> Iterator[bytes | memoryview]:
+        for block in (len(head).to_bytes(8, "little"), head, *(tensor_bytes(p.data) for p in kept)):
             digest.update(block)
-            f.write(block)
-        for p in kept:
-            block = tensor_bytes(p.data)
-            digest.update(block)
-            f.write(block)
-        f.flush()
-        os.fsync(f.fileno())
+            yield block
+
+    write_durably(path, content())
     return FileRecord(
         path.name, 8 + len(head) + at, digest.hexdigest(), [(p.name, p.kind, p.offset, p.data.numel()) for p in kept]
     )
@@ -97,9 +94,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def hash_file(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as f:
-        while block := f.read(8 << 20):
-            digest.update(block)
+    for block in blocks(path):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -192,7 +188,7 @@ class CheckpointReader:
                 self._where.setdefault((name, kind), []).append((offset, length, record.name))
         for runs in self._where.values():
             runs.sort()
-        self._open: dict[str, Any] = {}
+        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
 
     def state(self) -> dict[str, Any]:
         """state.json: step, order, optimizer step and the like. Raises CheckpointError where it is damaged."""
@@ -215,11 +211,10 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder} holds no {kind} of {name}: it is of another model")
         parts = []
         end = offset + length
-        for at, size, file in self._where.get((name, kind), []):
-            first, last = max(offset, at), min(end, at + size)
+        for at, count, file in self._where.get((name, kind), []):
+            first, last = max(offset, at), min(end, at + count)
             if first < last:
-                piece = self._file(file).get_slice(piece_key(name, kind, at))
-                parts.append(piece[first - at : last - at])
+                parts.append(self._elements(file, piece_key(name, kind, at), first - at, last - first))
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
     def tensor(self, name: str, kind: str = WEIGHT) -> Tensor:
@@ -227,26 +222,36 @@ class CheckpointReader:
         shape = self.shape(name, kind)
         return self.read(name, kind, 0, prod(shape)).view(shape)
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            try:
-                self._open[name] = safe_open(str(self.folder / name), framework="pt")
-            except Exception as e:  # safetensors has an exception of its own, and OSError, by version
-                raise CheckpointError(f"{self.folder / name} cannot be read: {e}") from e
-        return self._open[name]
+    def _elements(self, file: str, key: str, first: int, count: int) -> Tensor:
+        """Elements [first, first + count) of one entry of a safetensors file."""
+        try:
+            base, entries = self._header(file)
+            entry = entries[key]
+            dtype = _TORCH_DTYPES[entry["dtype"]]
+            start = base + entry["data_offsets"][0] + first * dtype.itemsize
+            return torch.frombuffer(read_range(self.folder / file, start, count * dtype.itemsize), dtype=dtype)
+        except (OSError, ValueError, KeyError) as e:
+            raise CheckpointError(f"{self.folder / file} cannot be read: {e}") from e
+
+    def _header(self, file: str) -> tuple[int, dict[str, Any]]:
+        """(where the data begins, the entries) of a safetensors file."""
+        if file not in self._headers:
+            length = int.from_bytes(read_range(self.folder / file, 0, 8), "little")
+            self._headers[file] = 8 + length, json.loads(read_range(self.folder / file, 8, length))
+        return self._headers[file]
 
     def damage(self, files: Iterable[FileRecord]) -> str | None:
         """What is wrong with `files` (sizes and hashes), or None."""
         for record in files:
             path = self.folder / record.name
             try:
-                size = path.stat().st_size
-                if size != record.bytes:
-                    return f"{path} has {size:,} bytes, not {record.bytes:,}"
+                found = size(path)
+                if found != record.bytes:
+                    return f"{path} has {found:,} bytes, not {record.bytes:,}"
                 if hash_file(path) != record.hash:
                     return f"{path}: its hash is not the manifest's"
             except OSError as e:
-                return f"{path}: {e.strerror}"
+                return f"{path}: {e.strerror or e}"
         return None
 
     def digest(self) -> str:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from pipeline.checkpoint.layout import (
     check_coverage,
     write_pieces,
 )
+from pipeline.checkpoint.place import make_folder, move, names, publish, remove_tree, sync_folder, write_durably
 from pipeline.parallel.engine import Piece
 from pipeline.parallel.world import World
 
@@ -58,10 +57,8 @@ def step_folder(root: Path, step: int) -> Path:
 
 def committed_steps(root: Path) -> list[int]:
     """Steps of the checkpoints that exist, ascending."""
-    if not root.is_dir():
-        return []
-    found = [(int(m[1]), p) for p in root.iterdir() if (m := _STEP.fullmatch(p.name))]
-    return sorted(s for s, p in found if (p / MANIFEST).exists())
+    found = [int(m[1]) for name in names(root) if (m := _STEP.fullmatch(name))]
+    return sorted(s for s in found if (step_folder(root, s) / MANIFEST).exists())
 
 
 def best_score(root: Path, metric: str = "top1") -> tuple[float, int] | None:
@@ -108,7 +105,7 @@ class CheckpointManager:
     def __init__(self, root: Path, world: World, retention: Retention):
         self.root, self.world, self.retention = root, world, retention
         if world.is_main:
-            root.mkdir(parents=True, exist_ok=True)
+            make_folder(root)
 
     def save(
         self,
@@ -140,7 +137,7 @@ class CheckpointManager:
             )
         except CheckpointError:
             if self.world.is_main and not (folder / MANIFEST).exists():
-                shutil.rmtree(folder, ignore_errors=True)  # a full disk must not stay full of debris
+                remove_tree(folder)  # a full disk must not stay full of debris
             raise
         return time.perf_counter() - started
 
@@ -159,8 +156,8 @@ class CheckpointManager:
     def _prepare(self, folder: Path) -> None:
         if folder.exists():  # debris of a crash, or a step that is saved again after walking back
             (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+            remove_tree(folder)
+        make_folder(folder)
 
     def _commit(
         self,
@@ -174,17 +171,14 @@ class CheckpointManager:
     ) -> None:
         check_coverage(tensors, files)
         text = json.dumps(state, indent=1).encode()
-        _write_synced(folder / STATE, text)
+        write_durably(folder / STATE, [text])
         manifest = CheckpointManifest(step, tensors, files, xxhash.xxh3_128_hexdigest(text), metrics, written_by)
         sync_folder(folder)
-        _write_synced(folder / (MANIFEST + ".tmp"), manifest.to_json().encode())
-        os.replace(folder / (MANIFEST + ".tmp"), folder / MANIFEST)
-        sync_folder(folder)
+        publish(folder / MANIFEST, manifest.to_json().encode())
         sync_folder(self.root)
         # From here on the checkpoint exists: what fails now is housekeeping, and tried again after the next save
         with contextlib.suppress(OSError):
-            _write_synced(self.root / "LATEST.tmp", folder.name.encode() + b"\n")
-            os.replace(self.root / "LATEST.tmp", self.root / "LATEST")
+            publish(self.root / "LATEST", folder.name.encode() + b"\n")
             self._prune()
 
     def _prune(self) -> None:
@@ -192,14 +186,14 @@ class CheckpointManager:
         for step in self.retention.obsolete(steps, best_step(self.root)):
             folder = step_folder(self.root, step)
             (folder / MANIFEST).unlink()  # first: a half-deleted folder must not look like a checkpoint
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
 
     def clean(self) -> None:
         """Removes folders that a crash left without a manifest. Only at a start, when nobody is writing."""
         if self.world.is_main:
-            for path in self.root.iterdir():
-                if _STEP.fullmatch(path.name) and not (path / MANIFEST).exists():
-                    shutil.rmtree(path, ignore_errors=True)
+            for name in names(self.root):
+                if _STEP.fullmatch(name) and not (self.root / name / MANIFEST).exists():
+                    remove_tree(self.root / name)
         self.world.barrier()
 
     def newest_good(self, warn: Callable[[str], None]) -> CheckpointReader | None:
@@ -231,8 +225,7 @@ class CheckpointManager:
         """Renames damaged checkpoints: retention would count them and prune a good one instead."""
         for step, damage in damaged.items():
             folder = step_folder(self.root, step)
-            aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns()}")
-            folder.rename(aside)
+            aside = move(folder, f"damaged-{folder.name}-{time.time_ns()}")
             warn(f"checkpoint step-{step} is damaged and set aside as {aside.name}: {damage}")
 
     def _damage(self, folder: Path) -> str | None:
@@ -243,19 +236,3 @@ class CheckpointManager:
         except CheckpointError as e:
             mine = str(e)
         return next((d for d in self.world.gather(mine) if d), None)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Makes names in a folder durable: renames and new files survive a power cut only after this."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

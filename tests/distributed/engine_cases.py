@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,8 @@ from pipeline.optim import param_groups
 from pipeline.parallel.engine import ADAM_MOMENTS, EMA, WEIGHT, EngineOptions, Piece, TrainEngine, make_engine
 from pipeline.parallel.world import World
 
-try:  # only to have it imported once, in the server that the ranks are forked from
+with suppress(ImportError):  # only to have it imported once, in the server that the ranks are forked from
     import pipeline.parallel.zero3  # noqa: F401
-except ImportError:
-    pass
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 BATCH, IMAGE, CLASSES, BLOCKS = 13, 15, 10, 2
@@ -132,12 +130,17 @@ def plain_training(steps: range, state: dict[Key, Tensor] | None = None, clip: f
     plain = [p for n, p in parameters.items() if not (p.ndim >= 2 and n.endswith("weight"))]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}],
-        lr=0.0, betas=(0.9, 0.999), eps=1e-8, foreach=False,
+        lr=0.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        foreach=False,
     )
     if state:
         for name, p in parameters.items():
-            optimizer.state[p] = {"step": torch.tensor(float(steps.start)),
-                                  **{k: state[name, k].clone() for k in ADAM_MOMENTS}}
+            optimizer.state[p] = {
+                "step": torch.tensor(float(steps.start)),
+                **{k: state[name, k].clone() for k in ADAM_MOMENTS},
+            }
     losses, norms = [], []
     for step in steps:
         for group in optimizer.param_groups:
@@ -165,18 +168,33 @@ class Session:
         self.share = Share.of(world.rank, world.size, BATCH, spec.micro_batch_size)
         model = build_model()
         options = EngineOptions(
-            spec.strategy, spec.precision, BATCH, self.share.micro_batch_size, self.share.micro_steps,
-            (0.9, 0.999), 1e-8, spec.clip, spec.compile, spec.activation_checkpointing,
+            spec.strategy,
+            spec.precision,
+            BATCH,
+            self.share.micro_batch_size,
+            self.share.micro_steps,
+            (0.9, 0.999),
+            1e-8,
+            spec.clip,
+            spec.compile,
+            spec.activation_checkpointing,
         )
         self.engine: TrainEngine = make_engine(
             model, param_groups(model, DECAY), make_loss("softmax_xent"), options, world
         )
         self.average = WeightAverage(self.engine, EMA_DECAY)
         m, size = self.share.micro_batch_size, IMAGE
-        self.engine.warm_up(Batch(
-            torch.zeros(m, 3, size, size, dtype=torch.uint8), torch.zeros(m, dtype=torch.long), torch.zeros(m),
-            torch.ones(m, 2 * BLOCKS), torch.full((m,), -1), torch.zeros(m, dtype=torch.long), [],
-        ))
+        self.engine.warm_up(
+            Batch(
+                torch.zeros(m, 3, size, size, dtype=torch.uint8),
+                torch.zeros(m, dtype=torch.long),
+                torch.zeros(m),
+                torch.ones(m, 2 * BLOCKS),
+                torch.full((m,), -1),
+                torch.zeros(m, dtype=torch.long),
+                [],
+            )
+        )
 
     def load(self, source: StateSource | None, optimizer_step: int = 0) -> None:
         """None: a fresh start."""
@@ -211,8 +229,14 @@ class Session:
     def save(self, root: str | Path, step: int) -> str:
         """Saves and commits, returns the folder."""
         manager = CheckpointManager(Path(root), self.world, Retention(100))
-        manager.save(step, self.engine.tensors() | self.average.tensors(), self.owned(),
-                     {"optimizer_step": step}, metrics={}, written_by={})
+        manager.save(
+            step,
+            self.engine.tensors() | self.average.tensors(),
+            self.owned(),
+            {"optimizer_step": step},
+            metrics={},
+            written_by={},
+        )
         return str(step_folder(Path(root), step))
 
     def close(self) -> None:
@@ -343,8 +367,11 @@ def evaluate_split(world: World, samples: int, batch_size: int, spec: Spec | Non
 
     source = SyntheticSource("val", image_size=IMAGE, num_classes=CLASSES, samples=samples)
     batches = eval_batches(
-        TrainSamples(source, EvalTransform(IMAGE), channels=3, num_classes=CLASSES), rank=world.rank,
-        world_size=world.size, batch_size=batch_size, num_workers=0,
+        TrainSamples(source, EvalTransform(IMAGE), channels=3, num_classes=CLASSES),
+        rank=world.rank,
+        world_size=world.size,
+        batch_size=batch_size,
+        num_workers=0,
     )
     loss_fn = make_loss("softmax_xent")
     if spec is not None:

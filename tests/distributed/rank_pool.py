@@ -141,8 +141,13 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: str, device: 
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - for the process' life
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), MIXER_DEVICE=device,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        MIXER_DEVICE=device,
         CUBLAS_WORKSPACE_CONFIG=":4096:8",  # without it cuBLAS may add up in another order from run to run
     )
     import torch

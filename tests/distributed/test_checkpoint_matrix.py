@@ -21,11 +21,22 @@ LAYOUTS = [(strategy, size) for strategy in STRATEGIES for size in SIZES]
 
 # (written by, read by): every strategy on both sides, to more ranks, to fewer, and to as many
 PAIRS = [
-    (("ddp", 2), ("fsdp", 3)), (("ddp", 4), ("zero2", 1)), (("ddp", 1), ("zero3", 4)),
-    (("fsdp", 4), ("ddp", 3)), (("fsdp", 2), ("zero1", 3)), (("fsdp", 3), ("zero3", 2)), (("fsdp", 3), ("fsdp", 4)),
-    (("zero1", 2), ("ddp", 1)), (("zero1", 3), ("zero1", 2)), (("zero1", 4), ("zero3", 3)),
-    (("zero2", 3), ("fsdp", 2)), (("zero2", 2), ("zero2", 4)), (("zero2", 1), ("ddp", 4)),
-    (("zero3", 4), ("zero2", 3)), (("zero3", 2), ("fsdp", 1)), (("zero3", 3), ("zero3", 4)),
+    (("ddp", 2), ("fsdp", 3)),
+    (("ddp", 4), ("zero2", 1)),
+    (("ddp", 1), ("zero3", 4)),
+    (("fsdp", 4), ("ddp", 3)),
+    (("fsdp", 2), ("zero1", 3)),
+    (("fsdp", 3), ("zero3", 2)),
+    (("fsdp", 3), ("fsdp", 4)),
+    (("zero1", 2), ("ddp", 1)),
+    (("zero1", 3), ("zero1", 2)),
+    (("zero1", 4), ("zero3", 3)),
+    (("zero2", 3), ("fsdp", 2)),
+    (("zero2", 2), ("zero2", 4)),
+    (("zero2", 1), ("ddp", 4)),
+    (("zero3", 4), ("zero2", 3)),
+    (("zero3", 2), ("fsdp", 1)),
+    (("zero3", 3), ("zero3", 4)),
 ]
 
 

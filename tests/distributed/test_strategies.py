@@ -15,8 +15,13 @@ from pipeline.checkpoint.layout import CheckpointReader
 SIZES = (1, 2, 3, 4)
 STEPS = 6
 # What `verify` must have found, by strategy and by whether there is more than one rank
-RUNNING = {"ddp": "DDP", "fsdp": "FSDP2", "zero1": "DeepSpeed ZeRO-1", "zero2": "DeepSpeed ZeRO-2",
-           "zero3": "DeepSpeed ZeRO-3"}
+RUNNING = {
+    "ddp": "DDP",
+    "fsdp": "FSDP2",
+    "zero1": "DeepSpeed ZeRO-1",
+    "zero2": "DeepSpeed ZeRO-2",
+    "zero3": "DeepSpeed ZeRO-3",
+}
 FP32_TOLERANCE = 1e-6  # measured: 4.1e-7 at most over 6 steps, all strategies, 1 to 4 ranks; losses are about 2.3
 BF16_TOLERANCE = 5e-2  # see test_bf16_stays_close: measured there
 

@@ -22,12 +22,29 @@ TAG = "MIXER_TEST_TAG"
 STEPS = 40
 # Small, but everything of a real run: two ranks, accumulation, uneven shares, worker processes, checkpoints
 RUN = [
-    "data.train=synthetic", "data.val=none", "data.num_workers=1", "model.name=mixer_s16", "model.image_size=15",
-    "model.patch_size=5", "model.hidden_dim=26", "model.num_blocks=2", "model.tokens_mlp_dim=3",
-    "model.channels_mlp_dim=17", "model.num_classes=10", "model.drop_path_rate=0.1", "train.ema_decay=0.9",
-    f"train.duration={STEPS} steps", "train.global_batch_size=13", "train.micro_batch_size=4", "train.precision=fp32",
-    "train.strategy=ddp", "optimizer.lr=0.01", "scheduler.warmup=5 steps", "checkpoint.every=6 steps",
-    "logging.every=1 steps", "logging.to=[]",
+    "data.train=synthetic",
+    "data.val=none",
+    "data.num_workers=1",
+    "model.name=mixer_s16",
+    "model.image_size=15",
+    "model.patch_size=5",
+    "model.hidden_dim=26",
+    "model.num_blocks=2",
+    "model.tokens_mlp_dim=3",
+    "model.channels_mlp_dim=17",
+    "model.num_classes=10",
+    "model.drop_path_rate=0.1",
+    "train.ema_decay=0.9",
+    f"train.duration={STEPS} steps",
+    "train.global_batch_size=13",
+    "train.micro_batch_size=4",
+    "train.precision=fp32",
+    "train.strategy=ddp",
+    "optimizer.lr=0.01",
+    "scheduler.warmup=5 steps",
+    "checkpoint.every=6 steps",
+    "logging.every=1 steps",
+    "logging.to=[]",
 ]
 STRETCH = 0.01  # seconds a backward pass and a write are made longer: a run of tiny steps would be over at once
 
@@ -40,13 +57,21 @@ class Mixer:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"{self.tag}.log"
         environment = {
-            **os.environ, TAG: self.tag, "MIXER_TEST_PROBE": str(probe or folder / "probe"),
-            "MIXER_TEST_STRETCH": str(stretch), "OMP_NUM_THREADS": "1", "MIXER_DEVICE": "cpu",
+            **os.environ,
+            TAG: self.tag,
+            "MIXER_TEST_PROBE": str(probe or folder / "probe"),
+            "MIXER_TEST_STRETCH": str(stretch),
+            "OMP_NUM_THREADS": "1",
+            "MIXER_DEVICE": "cpu",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE / "probe"), os.environ.get("PYTHONPATH")])),
         }
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [*MIXER, *arguments], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                [*MIXER, *arguments],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def output(self) -> str:
@@ -82,8 +107,9 @@ class Mixer:
         for pid, command in self.processes().items():
             if "-m launch.cli" not in command or pid == self.process.pid:
                 continue
-            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if int(stat[1]) == agent and f"RANK={number}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if parent == agent and f"RANK={number}".encode() in environment:
                 return pid
         raise AssertionError(f"rank {number} does not run:\n{self.output()}")
 

@@ -19,7 +19,10 @@ HERE = Path(__file__).parent
 def mixer(*arguments: str | Path, python: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *python, "-m", "launch.cli", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
     )
 
 
@@ -181,7 +184,8 @@ def test_resume_of_a_finished_run_does_nothing(finished: Path) -> None:
 
 def test_smoke(recipe: Path, tmp_path: Path) -> None:
     """Everything that a long run does, in seconds and in a throw-away folder."""
-    result = mixer("train", recipe, *TINY, "data.val=synthetic", f"run.dir={tmp_path / 'run'}", "--smoke", "--nproc", "2")
+    run = tmp_path / "run"
+    result = mixer("train", recipe, *TINY, "data.val=synthetic", f"run.dir={run}", "--smoke", "--nproc", "2")
     assert result.returncode == 0, result.stderr
     assert "fit to submit" in result.stdout and "evaluated 1000 samples" in result.stdout
-    assert not (tmp_path / "run").exists()
+    assert not run.exists()

@@ -61,19 +61,15 @@ def test_killed_launcher_and_agent_leave_nothing_running(tmp_path: Path, undistu
     mixer = Mixer(["resume", str(run)], tmp_path)
     wait_for_progress(mixer, run, 1, steps=8)
     os.kill(mixer.agent(), signal.SIGKILL)
-    code = mixer.wait()
-    assert code in (0, 75), mixer.output()  # gone on by itself, or saved by the ranks when their parent vanished
+    assert mixer.wait() == 0, mixer.output()  # the ranks saved and ended, the launcher then started them again
     assert mixer.all_gone(), mixer.processes()
     assert "Traceback" not in mixer.output()
-
-    if code == 75:
-        mixer = Mixer(["resume", str(run)], tmp_path)
-        assert mixer.wait() == 0, mixer.output()
+    assert attempts(run) == 3
     assert_same_run(run, undisturbed)
 
 
 def rewound(undisturbed: Path, run: Path, step: int) -> Path:
-    """A copy of the finished run as it was at its last checkpoint up to `step`; its ledger still knows what came later."""
+    """A copy of the finished run as it was at its last checkpoint up to `step`; its ledger still tells what came then."""
     shutil.copytree(undisturbed, run)
     folder = RunFolder(run)
     folder.finished.unlink()
@@ -86,12 +82,15 @@ def rewound(undisturbed: Path, run: Path, step: int) -> Path:
 @pytest.mark.parametrize(
     ("strategy", "nproc"),
     [
-        ("fsdp", 3), ("zero2", 1),
-        pytest.param("zero3", 3, marks=pytest.mark.slow), pytest.param("zero1", 4, marks=pytest.mark.slow),
-        pytest.param("ddp", 4, marks=pytest.mark.slow), pytest.param("zero2", 3, marks=pytest.mark.slow),
+        ("fsdp", 3),
+        ("zero2", 1),
+        pytest.param("zero3", 3, marks=pytest.mark.slow),
+        pytest.param("zero1", 4, marks=pytest.mark.slow),
+        pytest.param("ddp", 4, marks=pytest.mark.slow),
+        pytest.param("zero2", 3, marks=pytest.mark.slow),
     ],
 )
-def test_another_strategy_on_another_number_of_ranks(tmp_path: Path, undisturbed: Path, strategy: str, nproc: int) -> None:
+def test_another_strategy_and_number_of_ranks(tmp_path: Path, undisturbed: Path, strategy: str, nproc: int) -> None:
     run = rewound(undisturbed, tmp_path / "run", STEPS - 1)
     begin = committed_steps(RunFolder(run).checkpoints)[-1]
     assert 0 < begin < STEPS

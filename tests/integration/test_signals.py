@@ -1,4 +1,4 @@
-"""A signal, to whichever process it comes: the step ends, the state is saved, exit code 75, and nothing stays behind."""
+"""A signal, to whichever process: the step ends, the state is saved, exit code 75, and nothing stays behind."""
 
 from __future__ import annotations
 

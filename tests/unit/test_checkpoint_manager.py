@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import script
 
-from pipeline.checkpoint import layout, manager
+from pipeline.checkpoint import manager, place
 from pipeline.checkpoint.layout import MANIFEST, CheckpointError, CheckpointReader
 from pipeline.checkpoint.manager import CheckpointManager, Retention, best_step, choose, committed_steps, step_folder
 from pipeline.parallel.engine import WEIGHT, Piece
@@ -203,7 +203,7 @@ def failing(*args: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize(
     "where",
-    [(manager, "write_pieces"), (manager, "_write_synced"), (manager, "sync_folder"), (layout.os, "fsync")],
+    [(manager, "write_pieces"), (manager, "publish"), (manager, "sync_folder"), (place.os, "fsync")],
     ids=lambda w: w[1],
 )
 def test_a_failing_write_leaves_the_previous_checkpoint_and_no_debris(run, monkeypatch, where):

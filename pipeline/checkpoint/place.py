@@ -1,0 +1,121 @@
+"""Where checkpoints lie: a local or shared folder, or an object store; the few operations that differ between them.
+
+A place is a `Path`, or for a URL (`s3://`, `gs://`, `memory://`, ...) universal_pathlib's `UPath`, which has the same
+methods over fsspec. On a store a PUT is atomic and durable by itself: no temporary names, nothing to sync.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 8 << 20
+
+
+def place(location: str | Path, storage_options: dict[str, Any] | None = None) -> Path:
+    """A folder by path or URL."""
+    if "://" not in str(location):
+        return Path(location)
+    from upath import UPath
+
+    return UPath(str(location), **(storage_options or {}))  # type: ignore[return-value]
+
+
+def is_local(path: Path) -> bool:
+    return "://" not in str(path)
+
+
+def make_folder(path: Path) -> None:
+    if is_local(path):  # a store has no folders, only names
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def write_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+    """Writes a new file; when this returns its content survives a power cut (its name only after `sync_folder`)."""
+    with path.open("wb") as f:
+        for block in blocks:
+            f.write(block)
+        if is_local(path):
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Writes a small file so that readers see all of it or nothing."""
+    if not is_local(path):
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    write_durably(temporary, [data])
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes names in a folder durable: renames and new files survive a power cut only after this."""
+    if not is_local(path):
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a folder and what is in it; one that is gone already is no error."""
+    if is_local(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
+
+
+def move(path: Path, name: str) -> Path:
+    """Renames a folder inside its parent and returns its new place."""
+    target = path.parent / name
+    if is_local(path):
+        return path.rename(target)
+    path.fs.mv(path.path, target.path, recursive=True)  # type: ignore[attr-defined]
+    return target
+
+
+def names(folder: Path) -> list[str]:
+    """Names in a folder; none where it does not exist."""
+    if not is_local(folder):
+        folder.fs.invalidate_cache()  # type: ignore[attr-defined] - other ranks and runs write there too
+    return [p.name for p in folder.iterdir()] if folder.is_dir() else []
+
+
+def size(path: Path) -> int:
+    """Bytes. Raises OSError where it is missing."""
+    return path.stat().st_size
+
+
+def blocks(path: Path) -> Iterable[bytes]:
+    """The content, in large blocks."""
+    with path.open("rb") as f:
+        while block := f.read(_BLOCK):
+            yield block
+
+
+def read_range(path: Path, start: int, length: int) -> bytearray:
+    """`length` bytes from `start` on. Raises OSError where there are fewer."""
+    if is_local(path):
+        data = bytearray(length)
+        view, at = memoryview(data), 0
+        with path.open("rb", buffering=0) as f:
+            f.seek(start)
+            while at < length:
+                count = f.readinto(view[at:])  # type: ignore[attr-defined]
+                if not count:
+                    break
+                at += count
+    else:
+        data = bytearray(path.fs.cat_file(path.path, start=start, end=start + length))  # type: ignore[attr-defined]
+        at = len(data)
+    if at != length:
+        raise OSError(f"{path}: {at:,} of {length:,} bytes at {start:,}")
+    return data
