@@ -71,8 +71,7 @@ def shard(
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
     verify: Annotated[bool, typer.Option(help="Decode every image, or read its header only.")] = True,
     max_bad: Annotated[str, typer.Option(help="Bad images to accept: a count, or 0.1%.")] = "0",
-    max_pixels: Annotated[int, typer.Option(min=1, help="Quarantine larger images (width x height).")] = 10
-    ** 8,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Quarantine larger images (width x height).")] = 10**8,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Discard the shards of another plan or corpus in OUT.")
     ] = False,
@@ -98,15 +97,19 @@ def shard(
         Path | None, typer.Option(help="Local folder for plan and unfinished shards when OUT is a URL.")
     ] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="File with one class name a line, in order of their numbers; others are refused.")
+        Path | None,
+        typer.Option(help="File with one class name a line, in order of their numbers; others are refused."),
     ] = None,
-    path_column: Annotated[str | None, typer.Option(help="Column with paths or URLs; default: path, file, url, ...")] = None,
+    path_column: Annotated[
+        str | None, typer.Option(help="Column with paths or URLs; default: path, file, url, ...")
+    ] = None,
     image_column: Annotated[str | None, typer.Option(help="Parquet column with image bytes.")] = None,
     label_column: Annotated[
         str | None, typer.Option(help="Column with the label, or with several; default: label, labels, class.")
     ] = None,
     label_from_folder: Annotated[
-        bool, typer.Option("--label-from-folder", help="The class is the folder an image of the manifest lies in.")
+        bool,
+        typer.Option("--label-from-folder", help="The class is the folder, or the archive, that an image lies in."),
     ] = False,
     header: Annotated[
         str | None, typer.Option(help="Column names of a CSV without header: Bucket,Key,Size,... (S3 Inventory).")

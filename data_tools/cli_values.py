@@ -38,7 +38,7 @@ def format_bytes(n: float) -> str:
 
 
 def format_shards(n: int) -> str:
-    """"1 shard", "2,000 shards"."""
+    """ "1 shard", "2,000 shards"."""
     return f"{n:,} shard" + "s" * (n != 1)
 
 
@@ -47,3 +47,11 @@ def format_seconds(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:,.0f} s"
     return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def parse_fraction(text: str) -> float:
+    """A fraction: "10%" or "0.1". Raises typer.BadParameter for anything else."""
+    value = parse_bad(text)
+    if not 0 <= value <= 1:
+        raise typer.BadParameter(f"{text!r} is not a fraction; try 10% or 0.1")
+    return float(value)

@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import xxhash
 
+from data_tools import scan
 from data_tools.errors import UserError
 from data_tools.manifest import DatasetManifest, load_index
 from data_tools.plan_store import DUPLICATES_NAME
-from data_tools.scan import PART_ROWS, Listing
+from data_tools.scan import Listing
 from data_tools.storage import atomic_file, write_all, write_atomic
 
 BLOCK_ROWS = 4096
@@ -38,7 +39,7 @@ class Dropped:
 
     def keep(self, part: int, rows: int) -> np.ndarray | None:
         """bool [rows] for one part of the listing, None where all of it is kept."""
-        first = part * PART_ROWS
+        first = part * scan.PART_ROWS
         here = self.rows[np.searchsorted(self.rows, first) : np.searchsorted(self.rows, first + rows)]
         if not len(here):
             return None
@@ -82,9 +83,7 @@ def _split_digest(value: int) -> tuple[int, int]:
     return value >> 64, value & 0xFFFFFFFFFFFFFFFF
 
 
-def find_dropped(
-    listing: Listing, folder: Path, exact: bool, held_out: np.ndarray, plan_folder: Path
-) -> Dropped:
+def find_dropped(listing: Listing, folder: Path, exact: bool, held_out: np.ndarray, plan_folder: Path) -> Dropped:
     """Compares the hashes that the tasks left in `folder` and writes `duplicates.jsonl` beside the plan.
 
     held_out: content hashes (see `dataset_hashes`) of images that must not enter.
@@ -121,10 +120,10 @@ def _describe(listing: Listing, rows: np.ndarray, first: np.ndarray, out: np.nda
     wanted = np.unique(np.concatenate([rows, first[rows]]))
     paths: dict[int, str] = {}
     for number in range(len(listing.parts)):
-        here = wanted[(wanted >= number * PART_ROWS) & (wanted < (number + 1) * PART_ROWS)]
+        here = wanted[(wanted >= number * scan.PART_ROWS) & (wanted < (number + 1) * scan.PART_ROWS)]
         if len(here):
             column = pq.read_table(listing.part_path(number), columns=["path"]).column("path")
-            for row, path in zip(here.tolist(), column.take(here - number * PART_ROWS).to_pylist()):
+            for row, path in zip(here.tolist(), column.take(here - number * scan.PART_ROWS).to_pylist()):
                 paths[row] = os.fsdecode(path)
     return [
         json.dumps(

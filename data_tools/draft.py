@@ -22,7 +22,7 @@ from data_tools.errors import UserError
 from data_tools.images import BadImage
 from data_tools.labels import number_labels, read_classes
 from data_tools.plan import PlannedSample, PlanOptions, ShardPlan
-from data_tools.plan_store import iter_samples, remove_plan
+from data_tools.plan_store import DUPLICATES_NAME, iter_samples
 from data_tools.planner import Numbering, Report
 from data_tools.reading import Inputs, SampleReader
 from data_tools.scan import Listing, fingerprint, prefix_bytes, scan_sources
@@ -90,7 +90,9 @@ class Draft:
                 f"none of the {listing.samples} images of {self._request.sources[0]} exists (the first is {first}); "
                 "relative paths are relative to the manifest's folder"
             )
-        if self.options.group_by is not None and not any(hasattr(s, "own_stamp") or s.sequential for s in self._sources):
+        if self.options.group_by is not None and not any(
+            hasattr(s, "own_stamp") or s.sequential for s in self._sources
+        ):
             raise UserError("--group-by names a column; an image folder has none")
         return listing
 
@@ -127,7 +129,8 @@ class Draft:
         dropped = self._find_dropped()
         runs = self._work / f"runs-{self._runs_mark(dropped)}"
         if not runs.exists():
-            remove_plan(self._folder)  # tables of a plan that was never finished
+            for path in self._folder.glob("samples-*.parquet"):  # of a plan that was never finished
+                path.unlink()
         prefixes = tuple(prefix_bytes(self._sources))
         return planner.build_plan(
             listing, self.options, numbering, prefixes, dropped, self._folder, runs, self._stamp, self._report
@@ -152,13 +155,12 @@ class Draft:
     def _runs_mark(self, dropped: Dropped) -> str:
         from data_tools.plan import plan_digest
 
-        return plan_digest(
-            self.listing.kind, self.listing.digest, self.options, self.numbering.classes, dropped.digest
-        )
+        return plan_digest(self.listing.kind, self.listing.digest, self.options, self.numbering.classes, dropped.digest)
 
     def _find_dropped(self) -> Dropped:
         exact = self.options.dedupe == "exact"
         if not exact and not self._held_out:
+            (self._folder / DUPLICATES_NAME).unlink(missing_ok=True)
             return Dropped()
         import numpy as np
 
@@ -230,5 +232,3 @@ def listed_sample(row: dict[str, Any], inputs: Inputs) -> PlannedSample:
         "", os.fsdecode(row["path"]), row["size"], row["mtime_ns"], -1, row["extra"] or "", row["source"],
         os.fsdecode(place), row["offset"], row["stored"], row["codec"],
     )  # fmt: skip
-
-

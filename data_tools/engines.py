@@ -195,9 +195,7 @@ def submit_corpus(options: ShardOptions) -> str:
     return submit_array(options.output(), min(num_tasks, len(plan.shards)), options.workers, options.sbatch)
 
 
-def run_part(
-    output: Output, task_id: int, num_tasks: int, workers: int = 0, report: Report | None = None
-) -> None:
+def run_part(output: Output, task_id: int, num_tasks: int, workers: int = 0, report: Report | None = None) -> None:
     """Packs every `num_tasks`-th shard of the plan in `output`, beginning with `task_id`: one task of an array.
 
     Any number of parts may run at once, each on its own machine. Raises UserError as `shard_corpus` does, and
@@ -235,9 +233,7 @@ def stored_plan(output: Output) -> ShardPlan:
     """The plan that lies in `output`. Raises UserError where there is none."""
     plan = load_plan(output.plan_folder)
     if plan is None:
-        raise UserError(
-            f"{output.folder} holds no plan; make one with `mixer shard SOURCE {output.place} --plan-only`"
-        )
+        raise UserError(f"{output.folder} holds no plan; make one with `mixer shard SOURCE {output.place} --plan-only`")
     return plan
 
 
@@ -270,9 +266,7 @@ def _disk_error(e: OSError, out: Path) -> UserError:
 # --- packing ------------------------------------------------------------------------------------------------
 
 
-def _run_missing(
-    plan: ShardPlan, tasks: list[Task], workers: int, engine: Engine, report: Report | None
-) -> None:
+def _run_missing(plan: ShardPlan, tasks: list[Task], workers: int, engine: Engine, report: Report | None) -> None:
     """Runs those of `tasks` that no marker calls done."""
     if not tasks:
         return

@@ -119,7 +119,11 @@ def _manifest_of(store: Store) -> DatasetManifest | None:
 
 
 def _publish(
-    out: Store, options: IndexOptions, found: list[IndexedTar], classes: list[str] | None, earlier: DatasetManifest | None
+    out: Store,
+    options: IndexOptions,
+    found: list[IndexedTar],
+    classes: list[str] | None,
+    earlier: DatasetManifest | None,
 ) -> DatasetManifest:
     bad = [{"path": k, "reason": why, "shard": t.info.name} for t in found for k, why in t.bad]
     good = sum(t.info.samples for t in found)
@@ -138,7 +142,9 @@ def _publish(
     splits: dict[str, list[ShardInfo]] = {}
     for tar in found:
         if tar.info.samples:
-            splits.setdefault(options.split or known.get(tar.info.name) or _split_of(tar.info.name), []).append(tar.info)
+            splits.setdefault(options.split or known.get(tar.info.name) or _split_of(tar.info.name), []).append(
+                tar.info
+            )
     if not splits:
         raise UserError(f"{options.place}: no sample with an image in {len(found)} tars")
     ordered = {s: splits[s] for s in sorted(splits, key=lambda s: (s != "train", s))}

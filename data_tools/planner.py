@@ -29,8 +29,17 @@ from data_tools.dedupe import Dropped
 from data_tools.errors import UserError
 from data_tools.keys import key_hashes, sample_key
 from data_tools.plan import (
-    CorpusSummary, PlannedShard, PlanOptions, ShardPlan, check_split, cut, in_val, order_hashes, plan_digest,
-    split_names, tar_bytes,
+    CorpusSummary,
+    PlannedShard,
+    PlanOptions,
+    ShardPlan,
+    check_split,
+    cut,
+    in_val,
+    order_hashes,
+    plan_digest,
+    split_names,
+    tar_bytes,
 )  # fmt: skip
 from data_tools.plan_store import partition_path, save_header
 from data_tools.scan import Listing
@@ -164,8 +173,7 @@ class _Runs:
         ends = np.flatnonzero(np.diff(split) | np.diff(bucket)) + 1
         begins = [0, *ends.tolist()]
         return {
-            (int(split[a]), int(bucket[a])): table.slice(a, b - a)
-            for a, b in zip(begins, [*begins[1:], len(split)])
+            (int(split[a]), int(bucket[a])): table.slice(a, b - a) for a, b in zip(begins, [*begins[1:], len(split)])
         }
 
     def _table(self, part: pa.Table) -> pa.Table:
@@ -175,16 +183,12 @@ class _Runs:
         part = part.set_column(part.schema.get_field_index("label"), "label", label.cast(pa.int32()))
         if part.column("labels").null_count < part.num_rows:
             extra = self._with_labels(part.column("extra").to_pylist(), part.column("labels").to_pylist())
-            part = part.set_column(
-                part.schema.get_field_index("extra"), "extra", pa.array(extra, pa.large_string())
-            )
+            part = part.set_column(part.schema.get_field_index("extra"), "extra", pa.array(extra, pa.large_string()))
         extra_bytes = pc.fill_null(pc.binary_length(part.column("extra")), 0).to_numpy()
         cost = tar_bytes(part.column("size").to_numpy(), part.column("label").to_numpy(), extra_bytes)
         part = part.append_column("cost", pa.array(cost))
         part = part.append_column("key", pa.array(np.array(key_hashes(paths), np.uint64)))
-        return part.select(_RUN_COLUMNS).append_column(
-            "hash", pa.array(order_hashes(paths, self._options.seed))
-        )
+        return part.select(_RUN_COLUMNS).append_column("hash", pa.array(order_hashes(paths, self._options.seed)))
 
     def _with_labels(self, extra: list[str | None], labels: list[list[str] | None]) -> list[str | None]:
         """Class indices of samples with several labels enter their `.json` member."""

@@ -82,9 +82,7 @@ class Listing:
             yield pq.read_table(self.part_path(number), columns=columns)
 
 
-def scan_sources(
-    sources: list[Source], folder: Path, report: Callable[[int], None] | None = None
-) -> Listing:
+def scan_sources(sources: list[Source], folder: Path, report: Callable[[int], None] | None = None) -> Listing:
     """Lists all sources into `folder`, going on from the parts that are there. `report` is told the rows so far.
 
     Raises UserError where a source cannot be listed or there is not one sample.
@@ -153,7 +151,9 @@ def _within(batch: pa.RecordBatch, source: int, prefix: bytes) -> pa.RecordBatch
     """The batch with its source's number, and the source's prefix before every path (of the identity only)."""
     columns = list(batch.columns)
     if prefix:
-        joined = pc.binary_join_element_wise(pa.scalar(prefix, pa.large_binary()), columns[0], pa.scalar(b"", pa.large_binary()))
+        joined = pc.binary_join_element_wise(
+            pa.scalar(prefix, pa.large_binary()), columns[0], pa.scalar(b"", pa.large_binary())
+        )
         columns[0] = joined
     columns.append(pa.repeat(pa.scalar(source, pa.int16()), batch.num_rows))
     return pa.RecordBatch.from_arrays(columns, schema=SCAN_SCHEMA)

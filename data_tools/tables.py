@@ -22,7 +22,9 @@ def save_table(path: Path, groups: Iterable[pa.Table], group_rows: int = 1 << 20
     at = 0
     for table in groups:
         if writer is None:
-            writer = pq.ParquetWriter(sink, table.schema, compression="zstd", compression_level=1, write_statistics=False)
+            writer = pq.ParquetWriter(
+                sink, table.schema, compression="zstd", compression_level=1, write_statistics=False
+            )
         starts.append(at)
         at += max(1, -(-table.num_rows // group_rows))
         writer.write_table(table, row_group_size=group_rows)

@@ -56,12 +56,13 @@ def read_markers(store: Store, plan: ShardPlan) -> list[PackedShard | None]:
     here, markers = store.list(), store.list(PLAN_FOLDER)
     names = [marker_path(Path(), s.name).name for s in plan.shards]
     there = [f"{PLAN_FOLDER}/{name}" for name in names if name in markers]
-    found = dict(zip(there, map(_decode, read_many(store, there))))
+    found = dict(zip(there, map(decode_marker, read_many(store, there))))
     packed = [found.get(f"{PLAN_FOLDER}/{name}") for name in names]
     return [p if p is not None and p.digest == plan.digest and _is_there(p, here) else None for p in packed]
 
 
-def _decode(data: bytes) -> PackedShard | None:
+def decode_marker(data: bytes) -> PackedShard | None:
+    """What a marker says; None for one that is damaged."""
     try:
         raw = json.loads(data)
         return PackedShard(**{**raw, "bad": [BadSample(**b) for b in raw["bad"]]})

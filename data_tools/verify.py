@@ -120,7 +120,7 @@ def _verify_shard(job: _Job) -> tuple[list[Damage], np.ndarray]:
     """(what is wrong, the key hashes of its index)."""
     store = open_store(job.place, job.options)
     found: list[Damage] = []
-    rows = np.zeros(0)
+    rows: np.ndarray | None = None
 
     def problem(what: str, key: str = "") -> None:
         found.append(Damage(job.shard.name, key, what))
@@ -136,13 +136,13 @@ def _verify_shard(job: _Job) -> tuple[list[Damage], np.ndarray]:
         problem(str(e))
     try:
         with store.local(job.shard.name) as tar:
-            for key, what in _tar_problems(tar, job, rows if rows.dtype.names else None):
+            for key, what in _tar_problems(tar, job, rows):
                 problem(what, key)
     except FileNotFoundError:
         problem("is missing")
     except (OSError, UserError) as e:
         problem(str(e).replace(f"{job.place}/", "") if not is_url(job.place) else str(e))
-    return found, rows["key"] if rows.dtype.names else np.zeros(0, np.uint64)
+    return found, np.zeros(0, np.uint64) if rows is None else rows["key"]
 
 
 def _tar_problems(tar: Path, job: _Job, rows: np.ndarray | None) -> Iterator[tuple[str, str]]:

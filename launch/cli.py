@@ -15,6 +15,7 @@ import typer
 
 from data_tools.cli import data_app, shard
 from data_tools.errors import UserError
+from launch.checkpoints import checkpoint_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +30,7 @@ launch_app = typer.Typer(no_args_is_help=True, help="Start trainings on this mac
 app.command()(shard)
 app.add_typer(data_app, name="data")
 app.add_typer(launch_app, name="launch")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings: key=value ...", show_default=False)]
 Allow = Annotated[str, typer.Option(help="Keys that a resumed run may change although they change its meaning.")]
@@ -73,9 +75,7 @@ def train(
         command = ["train", config, *(overrides or [])]
         command += ["--allow", allow] if allow else []
         command += ["--smoke"] if smoke else []
-        launcher = LocalLauncher(
-            command, loaded.config.run.dir, processes or _gpus(), loaded.config.launch.max_restarts
-        )
+        launcher = LocalLauncher(command, loaded.config, processes or _gpus(), loaded.config.launch.max_restarts)
         raise typer.Exit(launcher.launch())
     from pipeline.cli import run_smoke, run_training
 
@@ -140,14 +140,39 @@ def evaluate(
       mixer eval runs/b16 data.val=/shards/imagenet_v2 --nproc 8
     """
     from pipeline.cli import existing_run, run_eval
+    from pipeline.config import load_config
 
     processes = nproc or _gpus()
     if "RANK" not in os.environ and processes > 1:
         from launch.local import LocalLauncher
 
         command = ["eval", run, *(overrides or []), "--checkpoint", checkpoint, *(["--ema"] if ema else [])]
-        raise typer.Exit(LocalLauncher(command, str(existing_run(run).path), processes, 0).launch())
+        folder = existing_run(run)
+        config = load_config(str(folder.config), [f"run.dir={folder.path}"]).config
+        raise typer.Exit(LocalLauncher(command, config, processes, 0).launch())
     raise typer.Exit(run_eval(run, checkpoint, ema, overrides or []))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    out: Annotated[Path | None, typer.Argument(help="File (timm: folder). Default: in RUN/export.")] = None,
+    form: Annotated[str, typer.Option("--format", help="safetensors, timm, npz or torch.")] = "safetensors",
+    checkpoint: Annotated[str, typer.Option(help="last, best or step-N.")] = "last",
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights instead.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Write a checkpoint's weights in another format, on one CPU, at any time.
+
+    Examples:
+
+      mixer export runs/b16 --format timm --checkpoint best
+
+      mixer export runs/b16 b16.npz --format npz --ema
+    """
+    from pipeline.cli import run_export
+
+    raise typer.Exit(run_export(run, out, form, checkpoint, ema, dtype))
 
 
 @app.command()

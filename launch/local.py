@@ -20,7 +20,9 @@ from typing import TextIO
 
 from data_tools.errors import UserError
 from pipeline.checkpoint.manager import committed_steps
+from pipeline.checkpoint.place import checkpoint_root
 from pipeline.cli import EXIT_SAVED
+from pipeline.config import Config
 from pipeline.run import RunFolder
 
 OUTCOME_FILE = "MIXER_OUTCOME_FILE"
@@ -69,8 +71,9 @@ def default_nproc() -> int:
 class LocalLauncher:
     """Runs `command` (arguments of `mixer`) in `nproc` processes until it is finished, saved or beyond help."""
 
-    def __init__(self, command: Sequence[str], run_dir: str, nproc: int, max_restarts: int):
-        self.command, self.run, self.nproc, self.max_restarts = list(command), RunFolder(run_dir), nproc, max_restarts
+    def __init__(self, command: Sequence[str], config: Config, nproc: int, max_restarts: int):
+        self.command, self.nproc, self.max_restarts = list(command), nproc, max_restarts
+        self.run = RunFolder(config.run.dir, checkpoint_root(config))
         self._agent: subprocess.Popen[bytes] | None = None
         self._stopping = False
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from data_tools.errors import UserError
-from pipeline.checkpoint.layout import CheckpointReader, InitialState, load_pieces
-from pipeline.checkpoint.manager import CheckpointManager, Retention
+from pipeline.checkpoint.layout import MANIFEST, CheckpointReader, InitialState, WeightsOnly, load_pieces
+from pipeline.checkpoint.manager import CheckpointManager, Retention, choose
+from pipeline.checkpoint.place import checkpoint_root, place
 from pipeline.config import Config
 from pipeline.data.augment import EvalTransform, TrainTransform
 from pipeline.data.loader import PADDING, Batch, Share, TrainSamples
@@ -107,6 +108,8 @@ class Parts:
         Raises:
             UserError: the checkpoint is of another model, or its data is not `data.train`.
         """
+        if reader is None and self.config.run.init_from:
+            return self._load_foreign(self.config.run.init_from)
         if reader is None:
             seed, bias = self.config.run.seed, self.config.loss.head_bias
             source = InitialState(lambda name: init_parameter(name, self.engine.shapes[name], seed, bias))
@@ -133,6 +136,24 @@ class Parts:
             self.config, self.order.num_samples, state["step"], state["samples"], self.world.device.type == "cpu"
         )
         return state
+
+    def _load_foreign(self, where: str) -> dict[str, Any]:
+        """A new run from another run's weights: step 0, own order and schedule; moments only if asked for."""
+        folder = place(where, self.config.checkpoint.storage_options)
+        if not (folder / MANIFEST).exists():
+            folder = choose(folder / "checkpoints" if (folder / "checkpoints").exists() else folder, "last")
+        reader = CheckpointReader(folder)
+        damage = reader.damage(reader.manifest.files[self.world.rank :: self.world.size])
+        damage = next((d for d in self.world.gather(damage) if d), None)
+        if damage:
+            raise UserError(f"run.init_from: {damage}")
+        self._check_model(reader)
+        moments = self.config.run.init_optimizer
+        source = reader if moments else WeightsOnly(reader)
+        load_pieces(self.engine.pieces(), source)
+        self.average.load(source, has=moments and any(kind == EMA for _, kind in reader.manifest.tensors))
+        self.engine.finish_load(reader.state()["optimizer_step"] if moments else 0)
+        return {}
 
     def _check_model(self, reader: CheckpointReader) -> None:
         mine, stored = self.engine.tensors(), reader.manifest.tensors
@@ -187,7 +208,8 @@ def _padding(share: Share, ranks: int, batch: int) -> str:
 def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
     """Opens the data, makes model and engine. Loads no state yet. Raises UserError."""
     c = config
-    run = RunFolder(c.run.dir)
+    run = RunFolder(c.run.dir, checkpoint_root(c))
+    mirror = place(c.checkpoint.mirror, c.checkpoint.storage_options) if c.checkpoint.mirror else None
     source = open_source(c.data.train, "train", image_size=c.model.image_size, num_classes=c.model.num_classes)
     classes = num_classes(config, source)
     val_source = open_val(config, source)
@@ -228,7 +250,7 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         seed=c.run.seed,
     )
     loss_fn = make_loss(c.loss.name, c.loss.label_smoothing)
-    options = EngineOptions(
+    engine_options = EngineOptions(
         c.train.strategy,
         c.train.precision,
         batch,
@@ -243,7 +265,7 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         c.train.shard_size or 0,
         c.train.reshard_after_forward,
     )
-    engine = make_engine(model, param_groups(model, c.optimizer.weight_decay), loss_fn, options, world)
+    engine = make_engine(model, param_groups(model, c.optimizer.weight_decay), loss_fn, engine_options, world)
     keep_every = c.checkpoint.keep_every
     steps = Duration.parse(keep_every).to_steps(batch, order.num_samples) if keep_every else None
     on_cpu = world.device.type == "cpu"
@@ -259,7 +281,7 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         train_samples,
         None if val_source is None else eval_samples(config, val_source, classes),
         loss_fn,
-        CheckpointManager(run.checkpoints, world, Retention(c.checkpoint.keep_last, steps)),
+        CheckpointManager(run.checkpoints, world, Retention(c.checkpoint.keep_last, steps), mirror=mirror),
         allow or set(),
         cost.training_flops,
         None if on_cpu else peak_flops(torch.cuda.get_device_name(), c.train.precision),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
+from pipeline.checkpoint.place import checkpoint_root
 from pipeline.config import Config, diff_configs, load_config, to_yaml
 from pipeline.run import RunFolder, read_lines, replace_file
 
@@ -81,9 +82,11 @@ def take_over_run(config: Config, allow: set[str]) -> RunFolder:
     Raises:
         UserError: another training holds the folder; or a key changed that a resume may not change.
     """
-    run = RunFolder(config.run.dir)
+    from pipeline.checkpoint.manager import committed_steps
+
+    run = RunFolder(config.run.dir, checkpoint_root(config))
     run.lock()
-    if run.config.exists() and run.checkpoints.is_dir():
+    if run.config.exists() and committed_steps(run.checkpoints):
         changes = [c for c in diff_configs(load_config(str(run.config)).config, config) if c.key != "run.dir"]
         refused = [c for c in changes if c.kind == "refused"]
         if refused:
@@ -168,7 +171,7 @@ def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
 
     run = existing_run(run_dir)
     config = load_config(str(run.config), [f"run.dir={run.path}", *overrides]).config
-    reader = CheckpointReader(choose(run.checkpoints, which))
+    reader = CheckpointReader(choose(checkpoint_root(config), which))
     damage = reader.damage(reader.manifest.files)
     if damage:
         raise UserError(f"{damage}; evaluate another checkpoint (`--checkpoint step-N`)")
@@ -233,6 +236,34 @@ def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
             f"[{run.path / 'eval' / name}]"
         )
     world.leave()
+    return 0
+
+
+def run_export(run_dir: str, out: Path | None, form: str, which: str, ema: bool, dtype: str) -> int:
+    """Writes the weights of one checkpoint in another format and says how to load them."""
+    from data_tools.manifest import DatasetManifest
+    from pipeline.checkpoint.layout import CheckpointReader
+    from pipeline.checkpoint.manager import choose
+    from pipeline.export import DTYPES, FORMATS, Weights, export
+
+    if form not in FORMATS or dtype not in DTYPES:
+        raise UserError(f"choose --format of {', '.join(FORMATS)} and --dtype of {', '.join(DTYPES)}")
+    run = existing_run(run_dir)
+    config = load_config(str(run.config), [f"run.dir={run.path}"]).config
+    reader = CheckpointReader(choose(checkpoint_root(config), which))
+    damage = reader.damage(reader.manifest.files)
+    if damage:
+        raise UserError(f"{damage}; export another checkpoint (`--checkpoint step-N`)")
+    suffix = {"safetensors": ".safetensors", "npz": ".npz", "torch": ".pt", "timm": ""}[form]
+    name = f"{config.run.name}-{reader.folder.name}{'-ema' if ema else ''}"
+    target = out or run.path / "export" / (name + suffix)
+    classes = None
+    with contextlib.suppress(UserError):  # names are a courtesy: the data may be elsewhere by now
+        classes = DatasetManifest.load(config.data.train).classes
+    lines = export(config, Weights(reader, ema, DTYPES[dtype]), form, target, classes)
+    print(f"{target}: {'averaged ' if ema else ''}weights of {reader.folder.name}, {dtype}. To load:")
+    for line in lines:
+        print(f"  {line}")
     return 0
 
 

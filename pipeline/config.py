@@ -61,9 +61,13 @@ __all__ = [
 
 @dataclass
 class RunConfig:
+    """`init_from`: a run or checkpoint folder whose weights a new run begins with."""
+
     name: str = "mixer"
     dir: str = "runs/${run.name}"
     seed: int = 0
+    init_from: str | None = None
+    init_optimizer: bool = False  # moments too: for a cool-down, or to go on with other data
 
 
 @dataclass
@@ -152,6 +156,9 @@ class CheckpointConfig:
     every: str = "15 min"
     keep_last: int = 3
     background: bool = True  # write beside training, from a copy in host memory
+    dir: str | None = None  # None: checkpoints/ in the run folder; else a folder or URL (s3://bucket/run)
+    mirror: str | None = None  # every checkpoint is copied here too: a folder or URL
+    storage_options: dict[str, str] = field(default_factory=dict)  # of fsspec, for dir and mirror
     keep_every: str | None = None
 
 
@@ -230,6 +237,8 @@ _ON_RESUME: dict[str, Kind] = {
     "run.name": "free",
     "run.dir": "free",
     "run.seed": "refused",
+    "run.init_from": "free",  # only a fresh start reads it
+    "run.init_optimizer": "free",
     "model.*": "refused",
     # A data set that merely moved has another path and the same samples. So the path is free; whether the
     # samples are the run's own is for the manifest's digest to say, once the data set is opened.

@@ -45,13 +45,13 @@ _PACKAGES = (
 class RunFolder:
     """Paths and small files of one run. Only rank 0 writes, except for the ledger and the logs."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, checkpoints: Path | None = None):
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.events = self.path / "events.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.status = self.path / "STATUS.json"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = checkpoints or self.path / "checkpoints"
         self.finished = self.path / "FINISHED"
         self.tensorboard = self.path / "tb"
         self._lock: TextIO | None = None

@@ -334,6 +334,9 @@ class Trainer:
                 )
             return
         self.saved_at = result.step
+        if self.world.is_main and result.warning:
+            self.run.record("mirror_failed", attempt=self.attempt, step=result.step, why=result.warning)
+            self._display.say(f"warning: {result.warning}")
         if self.world.is_main:
             seconds = {"seconds": round(result.seconds, 3), "stall": round(result.stall, 4)}
             self.run.record("save", attempt=self.attempt, step=result.step, **seconds, **self._written_by())

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.errors import UserError
+from data_tools.manifest import MANIFEST_NAME
 from data_tools.sources import places
 from data_tools.sources.archives import ArchiveSource, is_archive
 from data_tools.sources.folder import FolderSource
@@ -61,10 +62,10 @@ def _open_folder(where: str, columns: Columns, options: places.StorageOptions | 
     except OSError as e:
         raise UserError(f"cannot list {where}: {e.strerror or e}") from e
     files = [n for n, i in entries if not i.is_dir]
-    if not any(has_image_suffix(n) for n in files):
+    if MANIFEST_NAME in files or not any(has_image_suffix(n) for n in files):
         archives = [n for n in files if is_archive(n)]
         if archives:  # before Parquet: img2dataset lays one beside each tar
-            return ArchiveSource(where, archives, columns, options)
+            return ArchiveSource(where, archives, columns, options, folder=True)
         tables = [n for n in files if n.endswith(".parquet")]
         if not tables and ("data", True) in [(n, i.is_dir) for n, i in entries]:  # as on the Hugging Face Hub
             inside = places.list_folder(places.join(where, "data"), options)

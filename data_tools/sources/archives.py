@@ -12,6 +12,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import struct
 import tarfile
 import zipfile
@@ -73,24 +74,29 @@ class Member(NamedTuple):
 class ArchiveSource:
     """One archive, or a folder of them. Raises UserError where one cannot be opened at all.
 
-    Labels: a `.cls` or `.json` neighbour; else the folder inside the archive (or the inner archive's name); else,
-    where several archives lie in one folder and hold images only, none.
+    Labels: the folder (or the archive) an image lies in where that is asked for; a `.cls` or `.json` neighbour; else the folder inside the archive, or the inner archive's name; else none.
+    Splits: what `dataset.json` says of a finished set's shards, or names such as `val-000012.tar`.
     """
 
     sequential = True
     many_units = True
 
     def __init__(
-        self, root: str, files: list[str], columns: Columns, options: places.StorageOptions | None = None
-    ) -> None:
+        self, root: str, files: list[str], columns: Columns, options: places.StorageOptions | None = None,
+        folder: bool = False,
+    ) -> None:  # fmt: skip
         self.kind = "archive"
         self.root, self._files, self._columns, self._options = root, files, columns, options
         self.forward_only = any(map(is_compressed, files))
         self.stamp = "\n".join(places.stamp(places.join(root, f), options) for f in files)
         self.names = False
         self.classes = None
-        if len(files) > 1 and (manifest := _finished_set(root, options)) is not None:
-            self.classes = manifest.classes
+        self._folder = folder
+        self._split_of = {name: _split_by_name(name) for name in files}
+        if (manifest := _finished_set(root, options)) is not None:
+            owners = {shard.name: split for split, shards in manifest.splits.items() for shard in shards}
+            if owners.keys() >= set(files):
+                self.classes, self._split_of = manifest.classes, owners
 
     def units(self) -> list[str]:
         return self._files
@@ -102,16 +108,21 @@ class ArchiveSource:
         groups = list(_grouped(listing.members()))
         images = [m.name for group in groups for m in group if has_image_suffix(m.name)]
         folder_of = _labeller(images)
-        prefix = stem(unit) + "/" if len(self._files) > 1 else ""
+        prefix = stem(unit) + "/" if self._folder else ""
+        split = self._split_of[unit]
         fill = _Filler(self, where, listing.read, ignored, folder_of)
         mtime = seen.mtime_ns if seen is not None else 0
 
         def rows() -> Iterator[Row]:
             for group in groups:
                 for row in fill(group):
+                    if self._columns.label_from_folder:
+                        folder = places.base(places.parent(prefix + os.fsdecode(row.path)))
+                        row = row._replace(label=folder, labels=None)
                     yield row._replace(
-                        path=os.fsencode(prefix) + row.path, mtime_ns=mtime, container=os.fsencode(unit)
-                    )
+                        path=os.fsencode(prefix) + row.path, mtime_ns=mtime, container=os.fsencode(unit),
+                        split=row.split or split,
+                    )  # fmt: skip
             if listing.broken:
                 yield Row(
                     os.fsencode(prefix + "(end of archive)"), 0, mtime, extra=json.dumps(listing.broken),
@@ -124,6 +135,15 @@ class ArchiveSource:
     @property
     def columns(self) -> Columns:
         return self._columns
+
+
+_SPLIT_IN_NAME = re.compile(r"(?:^|[-_/])(train|val|valid|validation|test)[-_][0-9][^/]*$")
+
+
+def _split_by_name(name: str) -> str | None:
+    """The split of `imagenet-validation-00012.tar` and the like."""
+    match = _SPLIT_IN_NAME.search(name)
+    return SPLIT_ALIASES[match[1]] if match is not None else None
 
 
 def _finished_set(root: str, options: places.StorageOptions | None) -> DatasetManifest | None:
@@ -401,9 +421,11 @@ class _Filler:
             present = columns.label is None or columns.label in record
             wanted = Columns(path="_path", label=columns.label if present else None, group=columns.group)
             roles = assign_roles([*record, "_path"], wanted, where)
-            if label is not None or roles.label is not None and record.get(roles.label) in (None, ""):
+            if label is not None or (roles.label is not None and record.get(roles.label) in (None, "")):
                 roles = type(roles)(roles.path, None, roles.split, None, roles.group)
-            roles = type(roles)(roles.path, roles.label, roles.split if record.get("split") else None, None, roles.group)
+            roles = type(roles)(
+                roles.path, roles.label, roles.split if record.get("split") else None, None, roles.group
+            )
             row = RowMaker(roles, wanted, lambda _: where, self._ignored)(0, record | {"_path": "x"})
             assert row is not None
             label, labels, split, group = label or row.label, row.labels, row.split, row.group

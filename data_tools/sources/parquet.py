@@ -176,7 +176,12 @@ def _plain_batch(batch: pa.RecordBatch, roles: Roles) -> pa.RecordBatch | None:
     """Column by column, where nothing needs a second look; None where something does (then rows tell what)."""
     assert roles.path is not None and roles.size is not None
     path, size = batch.column(roles.path), batch.column(roles.size)
-    if set(batch.schema.names) - roles.used() or not pa.types.is_integer(size.type) or path.null_count or size.null_count:
+    if (
+        set(batch.schema.names) - roles.used()
+        or not pa.types.is_integer(size.type)
+        or path.null_count
+        or size.null_count
+    ):
         return None
     if not (pa.types.is_string(path.type) or pa.types.is_large_string(path.type)):
         return None

@@ -121,4 +121,6 @@ def list_folder(path: str, options: StorageOptions | None = None) -> list[tuple[
 def resolve(path: str | Path) -> str:
     """A path as the person gave it, without a trailing slash; URLs stay as they are."""
     text = str(path)
-    return text.rstrip("/") if is_url(text) and not text.endswith("://") else str(Path(text)) if not is_url(text) else text
+    return (
+        text.rstrip("/") if is_url(text) and not text.endswith("://") else str(Path(text)) if not is_url(text) else text
+    )

@@ -31,7 +31,16 @@ from pipeline.checkpoint.layout import (
     check_coverage,
     write_pieces,
 )
-from pipeline.checkpoint.place import make_folder, move, names, publish, remove_tree, sync_folder, write_durably
+from pipeline.checkpoint.place import (
+    copy_file,
+    make_folder,
+    move,
+    names,
+    publish,
+    remove_tree,
+    sync_folder,
+    write_durably,
+)
 from pipeline.parallel.engine import Piece
 from pipeline.parallel.world import World
 
@@ -99,11 +108,16 @@ def choose(root: Path, which: str) -> Path:
     raise CheckpointError(f"no checkpoint '{which}' in {root}; there are: last, best, {known}")
 
 
+def remove_checkpoint(folder: Path) -> None:
+    (folder / MANIFEST).unlink()  # first: a half-deleted folder must not look like a checkpoint
+    remove_tree(folder)
+
+
 class CheckpointManager:
     """The checkpoints of one run, seen from every rank at once: all methods are collective."""
 
-    def __init__(self, root: Path, world: World, retention: Retention):
-        self.root, self.world, self.retention = root, world, retention
+    def __init__(self, root: Path, world: World, retention: Retention, mirror: Path | None = None):
+        self.root, self.world, self.retention, self.mirror = root, world, retention, mirror
         if world.is_main:
             make_folder(root)
 
@@ -140,6 +154,26 @@ class CheckpointManager:
                 remove_tree(folder)  # a full disk must not stay full of debris
             raise
         return time.perf_counter() - started
+
+    def copy_to_mirror(self, step: int) -> None:
+        """Copies a committed checkpoint to the mirror, the manifest last. Every rank copies the file it wrote.
+
+        Raises:
+            CheckpointError: on every rank, if any rank failed.
+        """
+        if self.mirror is None:
+            return
+        source, target = step_folder(self.root, step), step_folder(self.mirror, step)
+        mine = f"rank-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
+        self._together(lambda: make_folder(target))
+        self._together(lambda: copy_file(source / mine, target / mine))
+
+        def commit() -> None:
+            copy_file(source / STATE, target / STATE)
+            publish(target / MANIFEST, (source / MANIFEST).read_bytes())
+            self._prune(target.parent)
+
+        self._together(lambda: commit() if self.world.is_main else None)
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
         """Runs `work` on every rank and returns all results; a failure anywhere is raised everywhere."""
@@ -179,14 +213,11 @@ class CheckpointManager:
         # From here on the checkpoint exists: what fails now is housekeeping, and tried again after the next save
         with contextlib.suppress(OSError):
             publish(self.root / "LATEST", folder.name.encode() + b"\n")
-            self._prune()
+            self._prune(self.root)
 
-    def _prune(self) -> None:
-        steps = committed_steps(self.root)
-        for step in self.retention.obsolete(steps, best_step(self.root)):
-            folder = step_folder(self.root, step)
-            (folder / MANIFEST).unlink()  # first: a half-deleted folder must not look like a checkpoint
-            remove_tree(folder)
+    def _prune(self, root: Path) -> None:
+        for step in self.retention.obsolete(committed_steps(root), best_step(root)):
+            remove_checkpoint(step_folder(root, step))
 
     def clean(self) -> None:
         """Removes folders that a crash left without a manifest. Only at a start, when nobody is writing."""
@@ -204,29 +235,30 @@ class CheckpointManager:
         Raises:
             CheckpointError: checkpoints exist, but not one of them is whole.
         """
-        steps = self.world.broadcast(committed_steps(self.root)[::-1])
-        damaged: dict[int, str] = {}
-        for step in steps:
-            folder = step_folder(self.root, step)
+        folders = self.world.broadcast(self._newest_first() if self.world.is_main else None)
+        damaged: list[tuple[Path, str]] = []
+        for folder in folders:
             damage = self._damage(folder)
             if damage is None:
                 if self.world.is_main:
-                    self._set_aside(damaged, warn)
+                    for broken, why in damaged:
+                        # Out of the way: retention would count it and prune a good one instead
+                        aside = move(broken, f"damaged-{broken.name}-{time.time_ns()}")
+                        warn(f"checkpoint {broken} is damaged and set aside as {aside.name}: {why}")
                 return CheckpointReader(folder)
-            damaged[step] = damage
+            damaged.append((folder, damage))
         if damaged:  # a start from the beginning must be somebody's decision
             raise CheckpointError(
-                f"no checkpoint in {self.root} is whole ({len(damaged)} were tried; the newest: {damaged[steps[0]]}); "
+                f"no checkpoint in {self.root} is whole ({len(damaged)} were tried; the newest: {damaged[0][1]}); "
                 "restore one from a copy, or move the folder away to start from the beginning"
             )
         return None
 
-    def _set_aside(self, damaged: dict[int, str], warn: Callable[[str], None]) -> None:
-        """Renames damaged checkpoints: retention would count them and prune a good one instead."""
-        for step, damage in damaged.items():
-            folder = step_folder(self.root, step)
-            aside = move(folder, f"damaged-{folder.name}-{time.time_ns()}")
-            warn(f"checkpoint step-{step} is damaged and set aside as {aside.name}: {damage}")
+    def _newest_first(self) -> list[Path]:
+        """All checkpoints here and on the mirror; of one step, the one here first."""
+        roots = [self.root, *([self.mirror] if self.mirror else [])]
+        found = [(-step, i, step_folder(root, step)) for i, root in enumerate(roots) for step in committed_steps(root)]
+        return [folder for _, _, folder in sorted(found, key=lambda f: f[:2])]
 
     def _damage(self, folder: Path) -> str | None:
         try:

@@ -10,7 +10,10 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 _BLOCK = 8 << 20
 
@@ -24,6 +27,12 @@ def place(location: str | Path, storage_options: dict[str, Any] | None = None) -
     return UPath(str(location), **(storage_options or {}))  # type: ignore[return-value]
 
 
+def checkpoint_root(config: Config) -> Path:
+    """Where the checkpoints of a run lie: `checkpoint.dir`, else its own folder."""
+    c = config.checkpoint
+    return place(c.dir, c.storage_options) if c.dir else Path(config.run.dir) / "checkpoints"
+
+
 def is_local(path: Path) -> bool:
     return "://" not in str(path)
 
@@ -33,14 +42,18 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def write_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+def write_durably(path: Path, content: Iterable[bytes | memoryview]) -> None:
     """Writes a new file; when this returns its content survives a power cut (its name only after `sync_folder`)."""
     with path.open("wb") as f:
-        for block in blocks:
+        for block in content:
             f.write(block)
         if is_local(path):
             f.flush()
             os.fsync(f.fileno())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    write_durably(target, blocks(source))
 
 
 def publish(path: Path, data: bytes) -> None:

@@ -31,6 +31,7 @@ class SaveResult:
     stall: float
     seconds: float
     error: str | None
+    warning: str | None = None
 
 
 class Stager:
@@ -70,7 +71,7 @@ class BackgroundSaver:
     def __init__(self, manager: CheckpointManager, world: World, background: bool = True):
         self._background = background
         self._world = replace(world, group=dist.new_group(backend="gloo"))
-        self._manager = CheckpointManager(manager.root, self._world, manager.retention)
+        self._manager = CheckpointManager(manager.root, self._world, manager.retention, manager.mirror)
         self._stager = Stager()
         self._thread: threading.Thread | None = None
         self._result: SaveResult | None = None
@@ -91,12 +92,16 @@ class BackgroundSaver:
         stall = time.perf_counter() - started
 
         def write() -> None:
-            error = None
+            error = warning = None
             try:
                 self._manager.save(step, pieces=staged, **rest)
+                try:
+                    self._manager.copy_to_mirror(step)
+                except Exception as e:
+                    warning = f"the copy of checkpoint step-{step} to {self._manager.mirror} failed: {e}"
             except Exception as e:
                 error = str(e)
-            self._result = SaveResult(step, stall, time.perf_counter() - started, error)
+            self._result = SaveResult(step, stall, time.perf_counter() - started, error, warning)
 
         # A daemon: a rank that crashes must not wait in its exit for fellows that will never answer
         self._thread = threading.Thread(target=write, name=f"checkpoint-{step}", daemon=True)

@@ -74,6 +74,13 @@ def test_loads_and_saves_again(ranks, tmp_path: Path, canonical_checkpoint: str,
     assert_canonical(ranks(size).run(cases.copy_checkpoint, Spec(strategy), canonical_checkpoint, str(tmp_path))[0])
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bf16_loses_no_bit_of_the_state(ranks, tmp_path: Path, canonical_checkpoint: str, strategy: str) -> None:
+    """bf16 is for computing; weights, moments and averages stay fp32 and pass through unchanged."""
+    spec = Spec(strategy, "bf16")
+    assert_canonical(ranks(3).run(cases.copy_checkpoint, spec, canonical_checkpoint, str(tmp_path))[0])
+
+
 @pytest.mark.parametrize(("writer", "reader"), PAIRS, ids=lambda layout: f"{layout[0]}-{layout[1]}")
 def test_training_goes_on_under_another_layout(
     ranks, tmp_path: Path, writer: tuple[str, int], reader: tuple[str, int]

@@ -23,7 +23,7 @@ RUNNING = {
     "zero3": "DeepSpeed ZeRO-3",
 }
 FP32_TOLERANCE = 1e-6  # measured: 4.1e-7 at most over 6 steps, all strategies, 1 to 4 ranks; losses are about 2.3
-BF16_TOLERANCE = 5e-2  # see test_bf16_stays_close: measured there
+BF16_TOLERANCE = 5e-3  # measured: 1.7e-3 at most, likewise
 
 
 @cache

@@ -69,7 +69,7 @@ def test_killed_launcher_and_agent_leave_nothing_running(tmp_path: Path, undistu
 
 
 def rewound(undisturbed: Path, run: Path, step: int) -> Path:
-    """A copy of the finished run as it was at its last checkpoint up to `step`; its ledger still tells what came then."""
+    """A copy of the finished run as it was at its last checkpoint up to `step`; its ledger still tells the rest."""
     shutil.copytree(undisturbed, run)
     folder = RunFolder(run)
     folder.finished.unlink()
@@ -142,11 +142,11 @@ def test_killed_by_the_clock_ten_times(tmp_path: Path, strategy: str, tmp_path_f
         time.sleep(clock.uniform(0, 1.2))
         assert mixer.process.poll() is None, f"it ended before it could be killed:\n{mixer.output()}"
         mixer.kill()
-        landed.append(probe.read_bytes().decode() if probe.exists() else "")
+        landed.append(probe.read_bytes().replace(b"\0", b".").decode() if probe.exists() else "")
         command = ["resume", str(run)]
     mixer = Mixer(command, tmp_path, stretch=0)
     assert mixer.wait(600) == 0, mixer.output()
-    print(f"{len(landed)} kills, at (one letter a rank; B backward, C checkpoint): {landed}")
+    print(f"{len(landed)} kills, at (two letters a rank; B backward, C checkpoint): {landed}")
     resumes = [e["step"] for e in read_lines(RunFolder(run).events) if e["event"] in ("start", "resume")]
     print(f"began at steps {json.dumps(resumes)}")
     assert_same_run(run, undisturbed, steps)

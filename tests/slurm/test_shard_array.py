@@ -6,11 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from corpora import make_corpus, markers, run, set_files, start, wait_until
+
 from data_tools.engines import Output, ShardOptions, plan_into, shard_corpus
 from data_tools.slurm_array import array_script
-
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from data_tools.images import BadImage, check_image
+from pipeline.data.decode import decode_image
 
 LIMIT = 10**6
 
@@ -67,9 +68,7 @@ def test_jpeg_damaged_in_the_middle(at):
         check_image(bytes(data), LIMIT)
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"\0" * 100, b"hello", b"<svg/>", b"%!PS-Adobe-3.0 EPSF", b"\xff\xd8\xff"]
-)
+@pytest.mark.parametrize("data", [b"", b"\0" * 100, b"hello", b"<svg/>", b"%!PS-Adobe-3.0 EPSF", b"\xff\xd8\xff"])
 @pytest.mark.parametrize("decode", [True, False])
 def test_no_image_at_all(data, decode):
     with pytest.raises(BadImage):
@@ -93,3 +92,40 @@ def test_decompression_bombs_are_refused_by_their_header(decode):
     jpeg[at : at + 4] = struct.pack(">HH", 65_000, 65_000)
     with pytest.raises(BadImage, match="65000 x 65000 pixels"):
         check_image(bytes(jpeg), LIMIT, decode)
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
+def test_animated(form):
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue", "green")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, form, save_all=True, append_images=frames[1:])
+    assert check_image(buffer.getvalue(), LIMIT)[1:] == (40, 30)
+    assert decode_image(buffer.getvalue()).shape == (30, 40, 3)
+
+
+def every_kind() -> dict[str, bytes]:
+    """Encoded images and wrecks of many kinds, JPEGs of every subsampling among them."""
+    kinds = {f"{form} {mode}": encoded(form, mode) for form, mode in [
+        ("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"), ("PNG", "1"),
+        ("WEBP", "RGB"), ("GIF", "P"), ("BMP", "RGB"), ("TIFF", "RGB"), ("TIFF", "CMYK"),
+    ]}  # fmt: skip
+    base = bytearray(encoded("JPEG", subsampling=0))
+    at = base.index(b"\xff\xc0") + 11
+    for factors in (0x11, 0x12, 0x13, 0x14, 0x21, 0x22, 0x31, 0x33, 0x41, 0x44, 0x00, 0xFF):
+        base[at] = factors
+        kinds[f"JPEG {factors:#x}"] = bytes(base)
+    for name, data in list(kinds.items()):
+        kinds[f"{name} cut"] = data[: len(data) // 2]
+    return kinds | {"nothing": b"", "text": b"hello", "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}
+
+
+@pytest.mark.parametrize(("name", "data"), every_kind().items())
+def test_sharding_and_training_accept_the_same_images(name, data):
+    try:
+        info = check_image(data, 10**8)
+    except BadImage:
+        with pytest.raises(ValueError):
+            decode_image(data)
+    else:
+        assert decode_image(data).shape == (info.height, info.width, 3)
+        assert decode_image(data, 1).shape == (info.height, info.width, 1)

@@ -1,9 +1,9 @@
 """Test-only: lets a test know where a training process was when it was killed, without a hook in the product.
 
 Python imports this module at its start when its folder is on PYTHONPATH. Where MIXER_TEST_PROBE names a file, rank r
-keeps one byte of it, at offset r: B inside a backward pass, C inside a checkpoint's write, '.' elsewhere. A killed
-process cannot write that it left, so the byte says where it died. MIXER_TEST_STRETCH makes both places longer, by so
-many seconds, so that a wall clock hits them.
+keeps two bytes of it, from offset 2r on: B inside a backward pass or '.', C inside a checkpoint's write or '.' (two,
+for a write may go on beside training). A killed process cannot write that it left, so the bytes say where it died.
+MIXER_TEST_STRETCH makes both places longer, by so many seconds, so that a wall clock hits them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ STRETCH = float(os.environ.get("MIXER_TEST_STRETCH", "0"))
 
 def marked(function: Callable[..., Any], mark: bytes) -> Callable[..., Any]:
     descriptor = os.open(str(PROBE), os.O_RDWR | os.O_CREAT)
-    rank = int(os.environ.get("RANK", "0"))
+    at = 2 * int(os.environ.get("RANK", "0")) + b"BC".index(mark)
 
     def inside(*args: Any, **kwargs: Any) -> Any:
-        os.pwrite(descriptor, mark, rank)
+        os.pwrite(descriptor, mark, at)
         time.sleep(STRETCH / 2)
         result = function(*args, **kwargs)
         time.sleep(STRETCH / 2)
-        os.pwrite(descriptor, b".", rank)
+        os.pwrite(descriptor, b".", at)
         return result
 
     return inside
