@@ -66,11 +66,11 @@ def plan(manifest: Path, folder: Path, order: str) -> None:
     read = time.perf_counter() - begin
     disk = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e9
     kept = sum(p.stat().st_size for p in folder.glob("samples-*")) / 1e9
-    train = [s for s in made.shards if s.split == "train"]
+    train = [s.bytes for s in made.shards if s.split == "train"]
     assert sum(s.samples for s in made.shards) == made.corpus.samples and slice_
     print(json.dumps({
         "rows": made.corpus.samples, "seconds": seconds, "stages end at": stages, "peak GiB": peak,
-        "shards": len(made.shards), "smallest/largest train shard": min(s.bytes for s in train) / max(s.bytes for s in train),
+        "shards": len(made.shards), "smallest/largest train shard": min(train) / max(train),
         "plan GB": kept, "work GB": disk - kept, "read one slice s": read, "slice": len(slice_),
     }))  # fmt: skip
 

@@ -130,8 +130,8 @@ def shard(
 
     Subfolders are classes (photos/cat/1.jpg), or splits of classes
     (photos/train/cat/1.jpg); a flat folder has no labels. Archives are read as
-    they are. Image bytes are kept unless --resize or --encode say otherwise. Bad images are listed in OUT/quarantine.jsonl and never enter
-    a shard.
+    they are. Image bytes are kept unless --resize or --encode say otherwise.
+    Bad images are listed in OUT/quarantine.jsonl and never enter a shard.
 
     Examples:
 

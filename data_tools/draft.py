@@ -43,7 +43,7 @@ class Request:
     """
 
     sources: tuple[str, ...]
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
     classes: Path | None = None
     dedupe_against: tuple[Path, ...] = ()
     storage_options: dict[str, Any] = field(default_factory=dict)

@@ -80,7 +80,7 @@ class ShardOptions:
     sbatch: tuple[str, ...] = ()
     storage_options: dict[str, Any] = field(default_factory=dict)
     work: Path | None = None
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
     classes: Path | None = None
     group_by: str | None = None
     dedupe: Literal["off", "exact"] = "off"
@@ -329,7 +329,8 @@ def _pack_here(tasks: list[Task], board: Board) -> None:
         def progress(done: int, bad: int, source_bytes: int) -> bool:
             nonlocal last
             last = (done, bad, source_bytes)
-            board.show(*last)
+            if not done & 15:  # asking the clock for every small image would be felt
+                board.show(*last)
             return True
 
         packed = run_task(task, progress)

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import simplejpeg
+
+_JPEG = b"\xff\xd8\xff"
 # (suffix of the tar member, Pillow's name, first bytes)
 _MAGIC = [
-    ("jpg", "JPEG", b"\xff\xd8\xff"),
+    ("jpg", "JPEG", _JPEG),
     ("png", "PNG", b"\x89PNG\r\n\x1a\n"),
     ("gif", "GIF", b"GIF8"),
     ("bmp", "BMP", b"BM"),
@@ -44,7 +47,7 @@ def check_image(data: bytes, max_pixels: int, decode: bool = True) -> ImageInfo:
     """
     if not data:
         raise BadImage("empty file")
-    suffix, pillow_format = sniff_format(data)
+    suffix, pillow_format = ("jpg", "JPEG") if data.startswith(_JPEG) else sniff_format(data)
     if suffix == "jpg":
         size = _jpeg_size(data)
         if size is not None:
@@ -71,8 +74,6 @@ def _limit(width: int, height: int, max_pixels: int) -> None:
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(width, height), or None where simplejpeg cannot read the header (unusual subsampling: Pillow may)."""
-    import simplejpeg
-
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     except (ValueError, KeyError):  # KeyError: 4:4:1
@@ -86,8 +87,6 @@ def _decode_jpeg(data: bytes) -> None:
     At 1/8 scale every coefficient is still read, so damage shows just as well (no difference in 600 images
     with flipped bits), in 0.7 of the time and 1/64 of the memory.
     """
-    import simplejpeg
-
     try:
         simplejpeg.decode_jpeg(data, min_height=1, min_width=1, min_factor=8, strict=True)
     except ValueError as e:

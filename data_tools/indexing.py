@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from data_tools.checksum import crc32
 from data_tools.errors import UserError
 from data_tools.finalize import QUARANTINE_NAME, TooManyBad, publish_manifest
 from data_tools.images import BadImage, check_image
@@ -226,7 +226,7 @@ def _read_tar(
                 bad.append((sample.key, str(e)))
                 continue
             rows.append(
-                (key_hash(sample.key), part.offset, part.size, zlib.crc32(data), label, info.width, info.height)
+                (key_hash(sample.key), part.offset, part.size, crc32(data), label, info.width, info.height)
             )
         digest = xxhash.xxh3_128()
         raw.seek(0)

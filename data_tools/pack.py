@@ -8,25 +8,22 @@ only if its marker does. Memory: one image, a write buffer, and the slice.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 
-from data_tools import ustar
+from data_tools.checksum import crc32
 from data_tools.images import BadImage, check_image
 from data_tools.index import index_bytes, key_hash
 from data_tools.manifest import ShardInfo, index_name
 from data_tools.plan import PlannedSample, PlannedShard, PlanOptions
 from data_tools.plan_store import PLAN_FOLDER, read_slice
 from data_tools.reading import Inputs, SampleReader, UnreadableImage
-from data_tools.storage import atomic_file, write_all, write_atomic
+from data_tools.storage import atomic_file, write_atomic
+from data_tools.tar_writer import HashedTar
 from data_tools.transform import convert, converts
-
-_BUFFER_BYTES = 1 << 20  # larger writes gain nothing, and the hash likes cached data
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def pack_shard(task: PackTask, progress: Callable[[int, int, int], bool] | None 
     read = 0
     tar_path = task.out / task.shard.name
     with atomic_file(tar_path) as file, SampleReader(task.inputs) as reader:
-        tar = _HashedWriter(file)
+        tar = HashedTar(file)
         for number, (sample, data) in enumerate(reader.read_all(slice_), 1):
             try:
                 if isinstance(data, BadImage):
@@ -95,8 +92,7 @@ def pack_shard(task: PackTask, progress: Callable[[int, int, int], bool] | None 
                 bad.append(BadSample(sample.path, str(e), content=not isinstance(e, UnreadableImage)))
             if progress is not None and not progress(number, len(bad), read):
                 raise Stopped
-        tar.write(ustar.END)
-        tar.flush()
+        tar.close()
     index = index_bytes(rows)
     if rows:
         write_atomic(task.out / index_name(task.shard.name), index)
@@ -110,37 +106,8 @@ def pack_shard(task: PackTask, progress: Callable[[int, int, int], bool] | None 
     return packed
 
 
-class _HashedWriter:
-    """Appends to a file through a buffer and hashes what passes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.offset = 0
-        self._file = file
-        self._hash = xxhash.xxh3_128()
-        self._parts: list[bytes] = []
-        self._pending = 0
-
-    def write(self, *parts: bytes) -> None:
-        size = sum(map(len, parts))
-        self._parts += parts
-        self.offset += size
-        self._pending += size
-        if self._pending >= _BUFFER_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        data = b"".join(self._parts)
-        self._hash.update(data)
-        write_all(self._file, data)
-        self._parts.clear()
-        self._pending = 0
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
-
-
 def _append(
-    tar: _HashedWriter, sample: PlannedSample, data: bytes, options: PlanOptions
+    tar: HashedTar, sample: PlannedSample, data: bytes, options: PlanOptions
 ) -> tuple[int, int, int, int, int, int, int]:
     """Writes the image member, with a label its `.cls`, with extra columns its `.json`; returns the index row.
 
@@ -150,16 +117,12 @@ def _append(
     info = check_image(data, options.max_pixels, options.verify and not converting)
     if converting:
         data, info = convert(data, info, options)
-    size = len(data)
-    offset = tar.offset + ustar.BLOCK
-    tar.write(ustar.header(f"{sample.key}.{info.suffix}", size), data, ustar.padding(size))
+    offset = tar.add(f"{sample.key}.{info.suffix}", data)
     if sample.label >= 0:
-        label = b"%d" % sample.label
-        tar.write(ustar.header(f"{sample.key}.cls", len(label)), label, ustar.padding(len(label)))
+        tar.add(f"{sample.key}.cls", b"%d" % sample.label)
     if sample.extra:
-        extra = sample.extra.encode()
-        tar.write(ustar.header(f"{sample.key}.json", len(extra)), extra, ustar.padding(len(extra)))
-    return key_hash(sample.key), offset, size, zlib.crc32(data), sample.label, info.width, info.height
+        tar.add(f"{sample.key}.json", sample.extra.encode())
+    return key_hash(sample.key), offset, len(data), crc32(data), sample.label, info.width, info.height
 
 
 # --- markers ------------------------------------------------------------------------------------------------

@@ -103,14 +103,27 @@ def _rows(path: Path, start: int, length: int) -> pa.Table:
 
 
 def _samples(table: pa.Table, prefixes: tuple[int, ...]) -> list[PlannedSample]:
-    columns = [table.column(name).to_pylist() for name in SLICE_COLUMNS]
-    return [
-        PlannedSample(
-            sample_key(path, twin), os.fsdecode(path), size, mtime, label, extra or "", source,
-            os.fsdecode(container or path[prefixes[source] if prefixes else 0 :]), offset, stored, codec,
+    columns = [_values(table.column(name)) for name in SLICE_COLUMNS]
+    found: list[PlannedSample] = []
+    for path, size, mtime, label, extra, source, container, offset, stored, codec, twin in zip(*columns):
+        text = path.decode("utf-8", "surrogateescape")
+        if container:
+            place = os.fsdecode(container)
+        else:
+            place = os.fsdecode(path[prefixes[source] :]) if prefixes and prefixes[source] else text
+        found.append(
+            PlannedSample(
+                sample_key(path, twin), text, size, mtime, label, extra or "", source, place, offset, stored, codec
+            )
         )
-        for path, size, mtime, label, extra, source, container, offset, stored, codec, twin in zip(*columns)
-    ]  # fmt: skip
+    return found
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """The column's values; numbers by way of numpy, which is several times as fast."""
+    if pa.types.is_integer(column.type) and not column.null_count:
+        return column.to_numpy().tolist()
+    return column.to_pylist()
 
 
 def iter_samples(folder: Path) -> Iterator[PlannedSample]:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_tools import ustar
@@ -44,7 +43,7 @@ from data_tools.plan import (
 from data_tools.plan_store import partition_path, save_header
 from data_tools.scan import Listing
 from data_tools.storage import write_atomic
-from data_tools.tables import save_table
+from data_tools.tables import pc, save_table
 
 CELL_ROWS = 1 << 21
 SLICE_GROUP_ROWS = 1 << 14  # of a partition: what a packing task reads at least

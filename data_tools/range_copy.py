@@ -6,7 +6,6 @@ import io
 import json
 import re
 import tarfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import xxhash
 
 from data_tools import ustar
+from data_tools.checksum import crc32
 from data_tools.errors import UserError
 from data_tools.index import index_bytes, key_hash
 from data_tools.keys import MAX_KEY, member_key
@@ -86,8 +86,7 @@ def copy_shard(task: CopyTask) -> PackedShard:
         tar = HashedTar(file)
         for number, data in enumerate(_read(task)):
             rows.append(_append(tar, task, number, *data))
-        tar.write(ustar.END)
-        tar.flush()
+        tar.close()
     index = index_bytes(rows)
     write_atomic(folder / index_name(task.name), index)
     packed = PackedShard(
@@ -135,7 +134,7 @@ def _append(
     image_at, size = int(row["offset"]) - start, int(row["size"])
     image = data[image_at : image_at + size]
     where = f"{join(piece.place, piece.info.name)} row {int(task.rows['row'][number])}"
-    if len(image) != size or zlib.crc32(image) != row["crc32"]:
+    if len(image) != size or crc32(image) != row["crc32"]:
         raise UserError(f"{where}: crc32 is not the index'; see `mixer data verify {piece.place}`")
     name, others = "", []
     for member, offset, length in _members(data, where):
@@ -147,16 +146,14 @@ def _append(
     if match is None or key_hash(match[1]) != row["key"]:
         raise UserError(f"{where}: key is not the index'; see `mixer data verify {piece.place}`")
     key = _new_key(match[1], piece.owner if task.twin[number] else None)
-    offset = tar.offset + ustar.BLOCK
-    tar.write(ustar.header(f"{key}.{match[2].lower()}", size), image, ustar.padding(size))
+    offset = tar.add(f"{key}.{match[2].lower()}", image)
     if label >= 0:
-        text = b"%d" % label
-        tar.write(ustar.header(f"{key}.cls", len(text)), text, ustar.padding(len(text)))
+        tar.add(f"{key}.cls", b"%d" % label)
     for member, content in others:
         found = _NAME.match(member)
         suffix = found[2].lower() if found else ""
         if suffix != "cls" and _SUFFIX.fullmatch(suffix):
-            tar.write(ustar.header(f"{key}.{suffix}", len(content)), content, ustar.padding(len(content)))
+            tar.add(f"{key}.{suffix}", content)
     return key_hash(key), offset, size, int(row["crc32"]), label, int(row["width"]), int(row["height"])
 
 

@@ -60,6 +60,7 @@ class SampleReader:
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
+        self._roots = [places.join(root, "") for root in inputs.roots]
         self._containers: dict[str, _Container] = {}
 
     def __enter__(self) -> SampleReader:
@@ -125,12 +126,15 @@ class SampleReader:
                     self.__exit__(None)
                 container = self._containers[where] = _open_container(where, sample, self._inputs.storage_options)
             return container.read(sample)
-        if places.is_remote(where):
+        if "://" in where and places.is_remote(where):
             return _read_remote(where, sample, self._inputs.storage_options)
         return _read_local(places.local_path(where), sample)
 
     def _where(self, sample: PlannedSample) -> str:
-        return places.join(self._inputs.roots[sample.source], sample.place)
+        place = sample.place
+        if "://" in place or place.startswith("/"):
+            return places.join(self._inputs.roots[sample.source], place)
+        return self._roots[sample.source] + place  # what `join` does, without asking for every image
 
 
 # --- files of their own -------------------------------------------------------------------------------------
@@ -147,22 +151,29 @@ def _read_local(path: str, sample: PlannedSample) -> bytes:
             raise _changed(path, "is gone") from e
         raise UnreadableImage(f"unreadable: {e.strerror}") from e
     try:
+        # Looked at once, after reading: what is still as planned now was so while it was read.
+        data = _read_up_to(fd, sample.size)
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise UnreadableImage("not an ordinary file")
         if found.st_size != sample.size or (sample.mtime_ns and found.st_mtime_ns != sample.mtime_ns):
             raise _changed(path, "was written again")
-        data = os.read(fd, sample.size)
-        while len(data) < sample.size:
-            more = os.read(fd, sample.size - len(data))
-            if not more:
-                raise _changed(path, "was cut short")
-            data += more
-        if os.fstat(fd).st_mtime_ns != found.st_mtime_ns:
-            raise _changed(path, "was written again")
+        if len(data) < sample.size:
+            raise _changed(path, "was cut short")
         return data
     finally:
         os.close(fd)
+
+
+def _read_up_to(fd: int, size: int) -> bytes:
+    """`size` bytes, fewer at the end of the file. Raises UnreadableImage for what cannot be read at all."""
+    try:
+        data = os.read(fd, size)
+        while len(data) < size and (more := os.read(fd, size - len(data))):
+            data += more
+    except (IsADirectoryError, BlockingIOError):
+        raise UnreadableImage("not an ordinary file") from None
+    return data
 
 
 def _read_remote(url: str, sample: PlannedSample, options: dict[str, Any]) -> bytes:

@@ -20,7 +20,6 @@ from typing import cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -28,7 +27,7 @@ from data_tools.errors import UserError
 from data_tools.sources import places
 from data_tools.sources.rows import SCHEMA, Source
 from data_tools.storage import write_atomic
-from data_tools.tables import save_table
+from data_tools.tables import pc, save_table
 
 PART_ROWS = 1 << 19
 _UNIT_THREADS = 16

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from data_tools.storage import atomic_file, write_all
+
+pc: Any = pyarrow.compute  # made at import time: type checkers see none of its functions
 
 
 def save_table(path: Path, groups: Iterable[pa.Table], group_rows: int = 1 << 20) -> list[int]:

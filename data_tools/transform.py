@@ -96,16 +96,16 @@ def _decode_jpeg(data: bytes, info: ImageInfo, target: int) -> Image.Image | Non
     from PIL import Image
 
     try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        _, _, space, _ = simplejpeg.decode_jpeg_header(data)
     except (ValueError, KeyError):
         return None
     if space not in ("YCbCr", "RGB", "Gray", "GRAY"):
         return None
     grey = space.upper() == "GRAY"
     least = {}
-    if target and min(height, width) >= 4 * target:
-        factor = 2 * target / min(height, width)
-        least = {"min_height": int(height * factor), "min_width": int(width * factor), "min_factor": 1}
+    if target and min(info.height, info.width) >= 4 * target:
+        factor = 2 * target / min(info.height, info.width)
+        least = {"min_height": int(info.height * factor), "min_width": int(info.width * factor), "min_factor": 1}
     try:
         pixels = simplejpeg.decode_jpeg(data, colorspace="GRAY" if grey else "RGB", strict=True, **least)
     except ValueError as e:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from data_tools.checksum import crc32
 from data_tools.errors import UserError
 from data_tools.finalize import QUARANTINE_NAME
 from data_tools.images import BadImage, check_image
@@ -197,7 +197,7 @@ def _sample_problems(
         yield "key differs from the index"
     if part.size != row["size"]:
         yield f"{part.size} bytes, the index says {row['size']}"
-    if zlib.crc32(data) != row["crc32"]:
+    if crc32(data) != row["crc32"]:
         yield "crc32 differs from the index"
     try:
         label = read_label(sample, read, job.label, classes)

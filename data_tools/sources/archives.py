@@ -74,7 +74,8 @@ class Member(NamedTuple):
 class ArchiveSource:
     """One archive, or a folder of them. Raises UserError where one cannot be opened at all.
 
-    Labels: the folder (or the archive) an image lies in where that is asked for; a `.cls` or `.json` neighbour; else the folder inside the archive, or the inner archive's name; else none.
+    Labels: the folder (or the archive) an image lies in where that is asked for; a `.cls` or `.json`
+    neighbour; else the folder inside the archive, or the inner archive's name; else none.
     Splits: what `dataset.json` says of a finished set's shards, or names such as `val-000012.tar`.
     """
 

@@ -202,7 +202,7 @@ class TextManifest:
 
     def _text(self) -> io.TextIOBase:
         raw = places.open_binary(self._file, self._options)
-        stream = gzip.open(raw) if self._file.lower().endswith(".gz") else raw
+        stream = gzip.GzipFile(fileobj=raw) if self._file.lower().endswith(".gz") else raw
         return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]
 
     def _csv_rows(self, ignored: Counter[str]) -> Iterator[Row]:

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_tools.errors import UserError
 from data_tools.sources import places
 from data_tools.sources.manifests import Columns, Roles, RowMaker, assign_roles, label_text, measured
 from data_tools.sources.rows import BATCH_ROWS, SPLIT_ALIASES, Codec, Row, batch_of, batches_of
+from data_tools.tables import pc
 
 _IMAGE_COLUMNS = ("image", "img", "bytes", "jpg", "image_bytes")
 _SHARD_NAME = re.compile(r"(?:^|/)([A-Za-z0-9_]+?)[-.](?:[0-9]{5}-of-[0-9]{5}|[0-9]+)[^/]*\.parquet$")

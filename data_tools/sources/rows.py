@@ -86,14 +86,22 @@ class Source(Protocol):
     - many_units: units are small, so that several are listed at once.
     """
 
-    kind: str
-    root: str
-    names: bool
-    classes: list[str] | None
-    sequential: bool
-    forward_only: bool
-    stamp: str | None
-    many_units: bool
+    @property
+    def kind(self) -> str: ...
+    @property
+    def root(self) -> str: ...
+    @property
+    def names(self) -> bool: ...
+    @property
+    def classes(self) -> list[str] | None: ...
+    @property
+    def sequential(self) -> bool: ...
+    @property
+    def forward_only(self) -> bool: ...
+    @property
+    def stamp(self) -> str | None: ...
+    @property
+    def many_units(self) -> bool: ...
 
     def units(self) -> list[str]:
         """The parts to list, in order: the same for the same corpus."""

@@ -8,6 +8,7 @@ is started afresh for the next one.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -155,6 +156,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: str, device: 
     from pipeline.cli import quiet_libraries
     from pipeline.parallel.world import World
 
+    gc.freeze()  # what the server imported is never garbage; looking it through after every case took longer than most
     torch.set_num_threads(1)
     quiet_libraries()
     try:

@@ -102,10 +102,13 @@ def test_moments_and_step_number_are_used(ranks, canonical_checkpoint: str, stra
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
-    [("missing", "elements"), ("twice", "written twice"), ("unknown", "not part of the state"), ("disk", "rank 2")],
-)
-@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero3"])
+    ("strategy", "fault", "words"),
+    [
+        ("fsdp", "missing", "elements"), ("fsdp", "twice", "written twice"),
+        ("fsdp", "unknown", "not part of the state"), ("fsdp", "disk", "rank 2"),
+        ("zero1", "missing", "elements"), ("zero3", "missing", "elements"),
+    ],
+)  # fmt: skip
 def test_a_fault_on_one_rank_commits_nothing_anywhere(
     ranks, tmp_path: Path, strategy: str, fault: str, words: str
 ) -> None:

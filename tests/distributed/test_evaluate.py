@@ -33,8 +33,11 @@ def counted() -> dict[str, float]:
     return {"top1": top1 / SAMPLES, "top5": top5 / SAMPLES, "loss": loss / SAMPLES, "samples": SAMPLES, "bad": 0}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("spec", [None, *map(Spec, STRATEGIES)], ids=lambda s: s.strategy if s else "plain")
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [*((None, size) for size in (1, 2, 3, 4)), *((Spec(strategy), 3) for strategy in STRATEGIES)],
+    ids=lambda value: value.strategy if isinstance(value, Spec) else str(value),
+)
 def test_every_sample_once(ranks, counted: dict[str, float], spec: Spec | None, size: int) -> None:
     results = ranks(size).run(cases.evaluate_split, SAMPLES, 8, spec)
     assert all(r == results[0] for r in results)

@@ -54,7 +54,7 @@ def test_agrees_with_plain_torch(ranks, tmp_path: Path, strategy: str, size: int
         )
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bf16_stays_close(ranks, strategy: str, size: int) -> None:
     """bf16 computation, fp32 weights and reduction: near the fp32 losses, and the same on every strategy."""
@@ -72,7 +72,7 @@ def test_without_clipping_and_accumulation(ranks, strategy: str) -> None:
     assert abs(plain.losses[-1] - reference().losses[-1]) > 1e-4, "clipping made no difference to be seen"
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
 def test_activation_checkpointing_changes_nothing(ranks, strategy: str) -> None:
     plain = ranks(2).run(cases.train, Spec(strategy), None, STEPS)[0]
     recomputed = ranks(2).run(cases.train, Spec(strategy, activation_checkpointing="block"), None, STEPS)[0]
@@ -81,7 +81,7 @@ def test_activation_checkpointing_changes_nothing(ranks, strategy: str) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_resume_is_bit_identical(ranks, tmp_path: Path, precision: str, strategy: str, size: int) -> None:
     """Losses and a digest of all weights and moments, from a new engine that loads the checkpoint of the middle."""
     whole, resumed = ranks(size).run(cases.interrupted, Spec(strategy, precision), str(tmp_path), 3, 6)[0]

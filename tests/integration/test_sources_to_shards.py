@@ -154,7 +154,7 @@ def test_path_traversal_links_and_odd_names_stay_names(tmp_path):
 def test_an_archive_that_breaks_off_is_one_bad_sample(tmp_path, name):
     data = tar_bytes(two_classes(), "w:gz" if name.endswith("gz") else "w")
     (tmp_path / name).write_bytes(data[: int(len(data) * 0.6)])
-    with pytest.raises(TooManyBad, match="cannot be read to its end|archive ends within"):
+    with pytest.raises(TooManyBad, match=r"cannot be read to its end|archive ends within"):
         packed(tmp_path / name, tmp_path / "out")
     _, found = packed(tmp_path / name, tmp_path / "out", max_bad=2)
     images = {p.removesuffix(".jpg"): d for p, d in two_classes().items()}
@@ -189,7 +189,7 @@ def test_an_archive_that_changes_while_it_is_read(tmp_path, monkeypatch):
         return check(*args)
 
     monkeypatch.setattr(pack, "check_image", then_change)
-    with pytest.raises(UserError, match="a.tar was written again while"):
+    with pytest.raises(UserError, match=r"a.tar was written again while"):
         shard_corpus(ShardOptions(archive, tmp_path / "out", workers=1))
     assert not list((tmp_path / "out").glob("*.tar"))
 
@@ -282,7 +282,7 @@ def test_parquet_with_plain_bytes_and_missing_ones(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(TooManyBad, match="no image bytes"):
         packed(tmp_path / "a.parquet", tmp_path / "out")
-    manifest, found = packed(tmp_path / "a.parquet", tmp_path / "out", max_bad=2)
+    _, found = packed(tmp_path / "a.parquet", tmp_path / "out", max_bad=2)
     assert {(s["jpg"], s["cls"]) for s in found.values()} == {(jpeg(0), b"0"), (jpeg(1), b"1")}
     with pytest.raises(UserError, match="no such column of bytes"):
         packed(tmp_path / "a.parquet", tmp_path / "x", columns=Columns(image="class"))
@@ -348,7 +348,7 @@ def test_everything_can_lie_in_an_object_store(tmp_path, memory):
 def test_a_missing_object_is_quarantined(tmp_path, memory):
     memory.pipe("/bucket/a.jpg", jpeg(0))
     memory.pipe("/bucket/m.csv", b"path\na.jpg\ngone.jpg\n")
-    with pytest.raises(TooManyBad, match="'gone.jpg': unreadable"):
+    with pytest.raises(TooManyBad, match=r"'gone.jpg': unreadable"):
         packed("memory://bucket/m.csv", tmp_path / "out")
     with pytest.raises(UserError, match="no such file"):
         packed("memory://bucket/nothing", tmp_path / "out2")
@@ -401,7 +401,7 @@ def test_samples_of_another_set_are_kept_out(tmp_path):
     assert (tmp_path / "out" / "duplicates.jsonl").read_text().count("held out") == 5
     with pytest.raises(UserError, match="held_out was"):
         packed(source, tmp_path / "out")
-    with pytest.raises(UserError, match="no dataset.json"):
+    with pytest.raises(UserError, match=r"no dataset.json"):
         packed(source, tmp_path / "out2", dedupe_against=(tmp_path / "in",))
 
 

@@ -71,7 +71,7 @@ def test_nothing_to_shard(tmp_path):
     touch(tmp_path, "a.txt")
     with pytest.raises(UserError, match="not a corpus"):
         open_source(tmp_path / "a.txt")
-    with pytest.raises(UserError, match="no images found .passed over: 1 files"):
+    with pytest.raises(UserError, match=r"no images found .passed over: 1 files"):
         planned(tmp_path / "plan", tmp_path)
 
 

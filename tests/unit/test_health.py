@@ -1,0 +1,121 @@
+"""Sick steps are skipped and, in a row, undone; a hang ends the process with the stacks on disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import script, train
+
+from data_tools.errors import UserError
+from pipeline.checkpoint.layout import CheckpointReader
+from pipeline.checkpoint.manager import choose
+from pipeline.health import EXIT_HUNG, SickSteps
+from pipeline.run import read_digests, read_lines, read_metrics
+
+
+def poison(bad: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the loss of given backward passes (counted from 1, the warm-up is the first) not a number."""
+    import pipeline.build as build
+
+    original = build.make_loss
+
+    def make_loss(*args):
+        loss_fn, seen = original(*args), 0
+
+        def loss(logits, target):
+            nonlocal seen
+            seen += logits.requires_grad
+            return loss_fn(logits, target) * (float("nan") if logits.requires_grad and seen in bad else 1.0)
+
+        return loss
+
+    monkeypatch.setattr(build, "make_loss", make_loss)
+
+
+# DeepSpeed keeps the groups of the first training in a process, so each of its trainings here gets its own
+ONE_TRAINING = """
+import pytest
+from pathlib import Path
+from helpers import script, train
+from test_health import poison
+with pytest.MonkeyPatch.context() as patch:
+    poison({int(n) for n in sys.argv[2].split(",") if n}, patch)
+    sys.exit(train(Path(sys.argv[1]), *sys.argv[3:]))
+"""
+
+
+def train_apart(run: Path, bad: str, *settings: str) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = script(ONE_TRAINING, run, bad, *settings)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
+def test_a_sick_step_changes_nothing(tmp_path, strategy):
+    """Steps 1 to 3, the last one sick: weights, moments and the count of updates are those of 2 steps."""
+    settings = (f"train.strategy={strategy}", "checkpoint.every=1 steps", "scheduler.name=constant")
+    train_apart(tmp_path / "two", "", *settings, "train.duration=2 steps")
+    train_apart(tmp_path / "sick", "4", *settings, "train.duration=4 steps", "checkpoint.keep_last=9")
+    two, sick = (CheckpointReader(choose(tmp_path / r / "checkpoints", "step-2")) for r in ("two", "sick"))
+    assert two.digest() == sick.digest()
+    events = [e for e in read_lines(tmp_path / "sick" / "events.jsonl") if e["event"] == "sick"]
+    assert [e["step"] for e in events] == [3]
+    last = CheckpointReader(choose(tmp_path / "sick" / "checkpoints", "last"))
+    assert last.state()["step"] == 4 and last.state()["optimizer_step"] == 3
+    # a sick step is not saved: nobody should resume into one
+    assert not (tmp_path / "sick" / "checkpoints" / "step-00000003").exists()
+
+
+def test_sick_steps_in_a_row_are_undone_and_their_samples_passed_over(tmp_path, monkeypatch):
+    poison({1 + 6, 1 + 7}, monkeypatch)
+    run = tmp_path / "run"
+    assert train(run, "train.duration=10 steps", "health.max_skipped=2", "checkpoint.every=4 steps") == 0
+    [rollback] = [e for e in read_lines(run / "events.jsonl") if e["event"] == "rollback"]
+    assert rollback["step"] == 4 and rollback["sick"] == [6, 7]
+    positions = [position for _, position, _ in read_digests(run).values()]
+    # 16 a step: steps 1 to 5 as ever, then the two bad positions are left out
+    assert positions == [0, 16, 32, 48, 64, 112, 128, 144, 160, 176]
+    assert len(read_metrics(run)) == 10
+    # and so it stays after another start
+    assert train(run, "train.duration=12 steps", "health.max_skipped=2", "checkpoint.every=4 steps") == 0
+    assert [p for _, p, _ in read_digests(run).values()] == [*positions, 192, 208]
+
+
+def test_without_a_checkpoint_the_run_ends_with_a_message(tmp_path, monkeypatch):
+    poison({1 + 1, 1 + 2}, monkeypatch)
+    with pytest.raises(UserError, match="no checkpoint to go back to"):
+        train(tmp_path / "run", "health.max_skipped=2", "checkpoint.every=100 steps")
+
+
+def test_a_loss_spike_counts_only_when_asked_for():
+    def sick(factor: float | None) -> list[int]:
+        steps = SickSteps(max_in_a_row=5, spike_factor=factor)
+        for step, loss in enumerate([2.0, 2.1, 1.9, 30.0, 2.0], start=1):
+            steps.add(step, torch.tensor(loss), torch.tensor(1.0))
+        return [step for step, _ in steps.look()]
+
+    assert sick(None) == []
+    assert sick(3.0) == [4]
+
+
+def test_a_hang_leaves_the_stacks_and_a_retryable_code(tmp_path: Path):
+    log = tmp_path / "logs" / "stacks.txt"
+    code = f"""
+import time
+from pathlib import Path
+from pipeline.health import Watchdog
+Watchdog(0.4, Path({str(log)!r}))
+def where_it_hangs():
+    time.sleep(60)
+where_it_hangs()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == EXIT_HUNG
+    assert "where_it_hangs" in log.read_text()
+    assert "health.timeout" in done.stdout
