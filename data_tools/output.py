@@ -39,7 +39,7 @@ class Output:
             return Output(work or _default_work(str(out)), str(out).rstrip("/"), storage_options or {})
         if work is not None:
             raise UserError(f"--work {work}: only for output to an object store; {out} is a local folder")
-        return Output(Path(out))
+        return Output(Path(out), storage_options=storage_options or {})  # for sources that are URLs
 
     @property
     def place(self) -> str:

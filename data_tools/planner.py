@@ -83,15 +83,15 @@ def build_plan(
     twins = _find_twins(runs)
     shards: list[PlannedShard] = []
     partition = total = size = 0
+    groups = runs.groups()
     for number, split in enumerate(runs.splits):
-        cells = [cell for cell in runs.cells() if cell[0] == number]
         first = partition
-        for cell in cells:
+        for cells in (group for group in groups if group[0][0] == number):
             if not partition_path(folder, partition).exists():
-                save_table(partition_path(folder, partition), [runs.gather(cell, twins)], SLICE_GROUP_ROWS)
+                save_table(partition_path(folder, partition), [runs.gather(cells, twins)], SLICE_GROUP_ROWS)
             partition += 1
-            _tell(report, "merging", partition, len(runs.cells()))
-        if cells:
+            _tell(report, "merging", partition, len(groups))
+        if partition > first:
             made, images = _cut_split(split, folder, range(first, partition), options)
             shards += made
             total += sum(s.samples for s in made)
@@ -213,9 +213,21 @@ class _Runs:
             split[val & (split == 0)] = len(self.splits) - 1
         return split
 
-    def cells(self) -> list[tuple[int, int]]:
-        """The cells that hold samples, in plan order."""
-        return sorted({cell for layout in self._layout for cell in layout})
+    def groups(self) -> list[list[tuple[int, int]]]:
+        """The cells that hold samples, in plan order, small neighbours of one split together: a partition each."""
+        sizes: dict[tuple[int, int], int] = defaultdict(int)
+        for layout in self._layout:
+            for cell, (_, rows) in layout.items():
+                sizes[cell] += rows
+        groups: list[list[tuple[int, int]]] = []
+        total = 0
+        for cell in sorted(sizes):
+            if not groups or groups[-1][0][0] != cell[0] or total + sizes[cell] > CELL_ROWS:
+                groups.append([])
+                total = 0
+            groups[-1].append(cell)
+            total += sizes[cell]
+        return groups
 
     def split_counts(self) -> dict[str, int]:
         counts: dict[str, int] = defaultdict(int)
@@ -224,15 +236,14 @@ class _Runs:
                 counts[self.splits[split]] += rows
         return counts
 
-    def gather(self, cell: tuple[int, int], twins: np.ndarray) -> pa.Table:
-        """One cell's samples from all runs, in tar order."""
+    def gather(self, cells: list[tuple[int, int]], twins: np.ndarray) -> pa.Table:
+        """The samples of neighbouring cells from all runs, in tar order."""
         pieces = []
         for number, layout in enumerate(self._layout):
-            if cell in layout:
-                first, rows = layout[cell]
-                groups = range(first, first + max(1, -(-rows // (1 << 20))))
+            mine = [layout[cell][0] for cell in cells if cell in layout]  # a part's cell is one row group
+            if mine:
                 with pq.ParquetFile(self.path(number), memory_map=True) as file:
-                    pieces.append(file.read_row_groups(list(groups)))
+                    pieces.append(file.read_row_groups(mine))
         table = pa.concat_tables(pieces)
         del pieces
         if self._shuffled:

@@ -30,9 +30,10 @@ def test_a_rank_that_hangs_is_not_waited_for(ranks) -> None:
 def test_engines_are_freed_between_cases(ranks) -> None:
     """Else the long-lived processes would end in a heap of old engines."""
     pool = ranks(2)
-    for strategy in cases.STRATEGIES:  # what libraries keep for ever, they keep after the first engine
+    strategies = "ddp", "fsdp", "zero3"
+    for strategy in strategies:  # what libraries keep for ever, they keep after the first engine
         pool.run(cases.build_and_drop, cases.Spec(strategy), 1)
     before = max(pool.run(cases.resident_bytes))
-    for strategy in cases.STRATEGIES:
+    for strategy in strategies:
         pool.run(cases.build_and_drop, cases.Spec(strategy), 3)
     assert max(pool.run(cases.resident_bytes)) - before < 16 << 20

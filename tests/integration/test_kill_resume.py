@@ -36,7 +36,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return undisturbed_run(tmp_path_factory.getbasetemp(), 2)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_launcher_restarts_after_a_killed_rank(tmp_path: Path, undisturbed: Path, victim: int) -> None:
     run = tmp_path / "run"
     mixer = Mixer(["launch", "local", *run_arguments(run), "--nproc", "2"], tmp_path)

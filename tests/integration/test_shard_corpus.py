@@ -19,7 +19,7 @@ import simplejpeg
 import xxhash
 from PIL import Image
 
-from data_tools import engines, settle
+from data_tools import draft, engines
 from data_tools.engines import ShardOptions, plan_corpus, shard_corpus
 from data_tools.errors import UserError
 from data_tools.finalize import TooManyBad
@@ -395,13 +395,14 @@ def test_options_that_cannot_be_meant(bad):
 
 def test_a_source_that_changes_while_it_is_read(corpus, tmp_path, monkeypatch):
     source = make_corpus(tmp_path / "in", 6)
-    save = settle.save_plan
+    build = draft.Draft.build
 
-    def save_then_change(*args):
+    def build_then_change(self):
+        plan = build(self)
         (source / "class0" / "00003.jpg").write_bytes(jpeg(77))
-        return save(*args)
+        return plan
 
-    monkeypatch.setattr(settle, "save_plan", save_then_change)
+    monkeypatch.setattr(draft.Draft, "build", build_then_change)
     with pytest.raises(UserError, match=r"00003.jpg was written again while"):
         shard_corpus(ShardOptions(source, tmp_path / "out", workers=1))
     assert not list((tmp_path / "out").glob("*.tar"))

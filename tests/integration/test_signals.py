@@ -41,14 +41,22 @@ def assert_saved_and_gone(mixer: Mixer, run: Path, name: str) -> None:
     assert f"go on with `mixer resume {run}`" in mixer.output()
 
 
-def test_launcher_agent_and_terminal(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [("launcher", TERM), ("agent", USR2), ("terminal", INT)],
+        pytest.param([("launcher", USR2), ("agent", TERM), ("agent", INT)], marks=pytest.mark.slow),
+    ],
+    ids=["quick", "the others"],
+)
+def test_launcher_agent_and_terminal(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, signals: list[tuple[str, signal.Signals]]
+) -> None:
     """One run over two ranks, stopped again and again, ends as if it had never been."""
     undisturbed = undisturbed_run(tmp_path_factory.getbasetemp(), 2)
     run, before = tmp_path / "run", shared_memory()
     command = ["launch", "local", *run_arguments(run), "--nproc", "2"]
-    for attempt, (target, number) in enumerate(
-        [("launcher", TERM), ("agent", TERM), ("launcher", USR2), ("agent", USR2), ("terminal", INT)]
-    ):
+    for attempt, (target, number) in enumerate(signals):
         mixer = Mixer(command, tmp_path)
         wait_for_progress(mixer, run, attempt)
         if target == "terminal":  # Ctrl-C reaches every process of the foreground group
@@ -68,7 +76,7 @@ def test_single_process(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
     undisturbed = undisturbed_run(tmp_path_factory.getbasetemp(), 1)
     run = tmp_path / "run"
     command = ["train", *run_arguments(run)]
-    for attempt, number in enumerate([TERM, USR2, INT]):
+    for attempt, number in enumerate([USR2, INT]):
         mixer = Mixer(command, tmp_path)
         wait_for_progress(mixer, run, attempt)
         if number == INT:
