@@ -91,7 +91,7 @@ def shard(
     ] = False,
     storage_options: Annotated[
         list[str] | None,
-        typer.Option(help="For URLs: key=value or a JSON object; repeatable.", envvar="MIXER_STORAGE_OPTIONS"),
+        typer.Option(help="For URLs: key=value or a JSON object; repeatable. Or in MIXER_STORAGE_OPTIONS."),
     ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Local folder for plan and unfinished shards when OUT is a URL.")

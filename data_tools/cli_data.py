@@ -18,7 +18,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at, check, index and rea
 
 Storage = Annotated[
     list[str] | None,
-    typer.Option(help="For URLs: key=value or a JSON object; repeatable.", envvar="MIXER_STORAGE_OPTIONS"),
+    typer.Option(help="For URLs: key=value or a JSON object; repeatable. Or in MIXER_STORAGE_OPTIONS."),
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")]
 

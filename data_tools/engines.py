@@ -27,7 +27,7 @@ from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.output import Output
 from data_tools.plan import Order, PlanOptions, ShardPlan
 from data_tools.plan_store import load_plan
-from data_tools.progress import Board, Progress
+from data_tools.progress import Board, PlanPrinter, Progress
 from data_tools.reading import Inputs
 from data_tools.settle import settle_plan
 from data_tools.sources import Columns
@@ -173,7 +173,7 @@ def shard_corpus(options: ShardOptions, report: Report | None = None) -> Dataset
         return finalize_corpus(options.out, options.max_bad, options.storage_options, options.work)
     output = options.output()
     with _errors(output), _alone_in(output):
-        plan = settle_plan(options, output)
+        plan = settle_plan(options, output, None if report is None else PlanPrinter())
         tasks = make_tasks(plan, Inputs.of(plan.corpus, options.storage_options), output)
         _run_missing(plan, tasks, options.workers, options.engine, report)
         return finalize(output, options.max_bad)
@@ -183,7 +183,7 @@ def plan_into(options: ShardOptions) -> ShardPlan:
     """Writes the plan into the output folder and packs nothing: `run_part` does, then `finalize_corpus`."""
     output = options.output()
     with _errors(output), _alone_in(output):
-        return settle_plan(options, output)
+        return settle_plan(options, output, PlanPrinter())
 
 
 def submit_corpus(options: ShardOptions) -> str:

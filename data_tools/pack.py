@@ -80,7 +80,7 @@ def pack_shard(task: PackTask, progress: Callable[[int, int, int], bool] | None 
     bad: list[BadSample] = []
     read = 0
     tar_path = task.out / task.shard.name
-    with atomic_file(tar_path) as file, SampleReader(task.inputs) as reader:
+    with atomic_file(tar_path, sync_name=False) as file, SampleReader(task.inputs) as reader:
         tar = HashedTar(file)
         for number, (sample, data) in enumerate(reader.read_all(slice_), 1):
             try:

@@ -68,6 +68,20 @@ class Board:
         )  # fmt: skip
 
 
+class PlanPrinter:
+    """Lines on stderr while a large corpus is listed and planned; quiet where that takes a few seconds."""
+
+    def __init__(self) -> None:
+        self._line = time.monotonic()
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        """`done` of `of` tasks; with `of` 0, images so far."""
+        now = time.monotonic()
+        if now - self._line >= LINE_SECONDS:
+            self._line = now
+            print(f"{what}: {done:,}" + (f" of {of:,} pieces" if of else " images"), file=sys.stderr, flush=True)
+
+
 class ProgressPrinter(AbstractContextManager["ProgressPrinter"]):
     """A bar on a terminal, a line every few seconds elsewhere; on stderr. Call it with every `Progress`."""
 

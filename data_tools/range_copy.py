@@ -82,7 +82,7 @@ def copy_shard(task: CopyTask) -> PackedShard:
     """Writes, commits and publishes one shard. Raises UserError where a source is not what its index says."""
     folder = task.output.folder
     rows: list[tuple[int, int, int, int, int, int, int]] = []
-    with atomic_file(folder / task.name) as file:
+    with atomic_file(folder / task.name, sync_name=False) as file:
         tar = HashedTar(file)
         for number, data in enumerate(_read(task)):
             rows.append(_append(tar, task, number, *data))

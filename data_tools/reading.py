@@ -21,11 +21,13 @@ from data_tools.errors import UserError
 from data_tools.images import BadImage
 from data_tools.plan import CorpusSummary, PlannedSample
 from data_tools.sources import places
-from data_tools.sources.archives import inflate_member, is_compressed, open_stream
+from data_tools.sources.members import inflate_member, is_compressed, open_stream
 from data_tools.sources.rows import Codec
 from data_tools.storage import retrying
 
 MAX_FILE_BYTES = 1 << 30  # an image is read whole; more than this is no training image
+_FILE = int(Codec.FILE)
+_OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _AHEAD = 32  # remote files being read at once
 _SKIP_BYTES = 1 << 20
 _MAX_OPEN = 64  # containers at once
@@ -117,18 +119,18 @@ class SampleReader:
         if sample.size > MAX_FILE_BYTES:
             raise BadImage(f"{sample.size} bytes, more than the limit of {MAX_FILE_BYTES}")
         where = self._where(sample)
+        if sample.codec == _FILE:  # the usual case first: this is called for every image
+            if "://" in where and places.is_remote(where):
+                return _read_remote(where, sample, self._inputs.storage_options)
+            return _read_local(places.local_path(where), sample)
         if sample.codec == Codec.BROKEN:
             raise BadImage(str(json.loads(sample.extra)))
-        if sample.codec != Codec.FILE:
-            container = self._containers.get(where)
-            if container is None:
-                if len(self._containers) >= _MAX_OPEN:
-                    self.__exit__(None)
-                container = self._containers[where] = _open_container(where, sample, self._inputs.storage_options)
-            return container.read(sample)
-        if "://" in where and places.is_remote(where):
-            return _read_remote(where, sample, self._inputs.storage_options)
-        return _read_local(places.local_path(where), sample)
+        container = self._containers.get(where)
+        if container is None:
+            if len(self._containers) >= _MAX_OPEN:
+                self.__exit__(None)
+            container = self._containers[where] = _open_container(where, sample, self._inputs.storage_options)
+        return container.read(sample)
 
     def _where(self, sample: PlannedSample) -> str:
         place = sample.place
@@ -143,7 +145,7 @@ class SampleReader:
 def _read_local(path: str, sample: PlannedSample) -> bytes:
     try:
         # O_NONBLOCK: opening a pipe that someone named .jpg must not wait for its other end.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, _OPEN)
     except OSError as e:
         if e.errno not in _UNREADABLE:
             raise
@@ -180,7 +182,7 @@ def _read_remote(url: str, sample: PlannedSample, options: dict[str, Any]) -> by
     fs = places.filesystem(url, options)
     web = url.startswith(("http://", "https://"))
     try:
-        data: bytes = retrying(lambda: fs.cat_file(url), url, _HTTP_SECONDS if web else None)
+        data: bytes = retrying(lambda: _fetch(fs, url), url, _HTTP_SECONDS if web else None)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as e:
         raise UnreadableImage(f"unreadable: {type(e).__name__}") from e
     except UserError as e:
@@ -190,6 +192,15 @@ def _read_remote(url: str, sample: PlannedSample, options: dict[str, Any]) -> by
     if sample.size and len(data) != sample.size:
         raise _changed(url, f"has {len(data)} bytes instead of {sample.size}: it was written again")
     return data
+
+
+def _fetch(fs: Any, url: str) -> bytes:
+    try:
+        return fs.cat_file(url)
+    except Exception as e:
+        if "Credentials" in type(e).__name__:  # botocore's own kinds: waiting does not help
+            raise UserError(f"{url}: {e}; see --storage-options") from e
+        raise
 
 
 def _changed(path: str, what: str) -> UserError:

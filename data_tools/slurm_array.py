@@ -20,10 +20,9 @@ from data_tools.errors import Interrupted, UserError
 from data_tools.output import Output
 from data_tools.plan_store import PLAN_FOLDER, load_plan
 from data_tools.progress import Board, Progress
-from data_tools.storage import write_atomic
+from data_tools.storage import OPTIONS_VARIABLE, write_atomic
 from data_tools.tasks import read_markers
 
-OPTIONS_VARIABLE = "MIXER_STORAGE_OPTIONS"  # secrets travel in the environment, not on command lines
 _POLL_SECONDS = 2.0
 _SCRIPT = """#!/bin/bash
 # One task of an array that packs {place}; written by `mixer shard --engine slurm`.
@@ -51,6 +50,7 @@ def submit_array(output: Output, num_tasks: int, workers: int = 0, sbatch: Seque
     ]  # fmt: skip
     environment = {**os.environ}
     if output.storage_options:
+        # not on a command line, which everybody can see
         environment[OPTIONS_VARIABLE] = json.dumps(output.storage_options)
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:

@@ -29,11 +29,12 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, sync_name: bool = True) -> Iterator[BinaryIO]:
     """Opens a temporary file for unbuffered writing; publishes it as `path` when the block ends without
     error.
 
-    On any exception the temporary file is removed and `path` stays as it was.
+    On any exception the temporary file is removed and `path` stays as it was. `sync_name` False leaves the new
+    name to the next sync of the folder.
     """
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
@@ -44,7 +45,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if sync_name:
+        sync_folder(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -117,6 +119,7 @@ def lock_folder(folder: Path, path: Path, shared: bool = False) -> Iterator[None
 
 # --- object stores ------------------------------------------------------------------------------------------
 
+OPTIONS_VARIABLE = "MIXER_STORAGE_OPTIONS"
 RETRY_SECONDS = 120.0  # how long a store may be out of reach before a run gives up
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
 # Trying again does not help: the name, the permission or the request is wrong.
@@ -137,9 +140,12 @@ def join(place: str, name: str) -> str:
 def parse_storage_options(texts: Collection[str]) -> dict[str, Any]:
     """fsspec's arguments from the command line: each text is a JSON object, `key=value` or `key.sub=value`.
 
-    A value that is JSON is taken as such (`anon=true`), anything else as text. Raises UserError otherwise.
+    A value that is JSON is taken as such (`anon=true`), anything else as text. Without any text, the environment's
+    MIXER_STORAGE_OPTIONS is one: secrets need not stand on a command line. Raises UserError otherwise.
     """
     options: dict[str, Any] = {}
+    if not texts and (given := os.environ.get(OPTIONS_VARIABLE)):
+        texts = [given]
     for text in texts:
         if text.lstrip().startswith("{"):
             try:

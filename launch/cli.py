@@ -154,6 +154,26 @@ def evaluate(
 
 
 @app.command()
+def audit(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    overrides: Overrides = None,
+) -> None:
+    """Prove from the ledger that every sample of every epoch was consumed exactly once, across all restarts.
+
+    Exit code 1, and what is wrong, if it was not.
+
+    Examples:
+
+      mixer audit runs/b16
+
+      mixer audit runs/b16 data.train=/where/the/shards/are/now
+    """
+    from pipeline.cli import run_audit
+
+    raise typer.Exit(run_audit(run, overrides or []))
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="A run folder.")],
     out: Annotated[Path | None, typer.Argument(help="File (timm: folder). Default: in RUN/export.")] = None,

@@ -27,9 +27,6 @@ from launch.demo_report import draw, examine, interrupted_run, show, undisturbed
 from launch.local import die_with_parent
 from pipeline.run import RunFolder
 
-SETTINGS = [
-    "model.patch_size=8", "model.tokens_mlp_dim=32", "optimizer.lr=3e-3", "eval.crop_fraction=0.875",
-]  # fmt: skip
 KILL_BETWEEN = 0.36, 0.62  # shares of the steps; the kill itself comes a little later
 MARKER = ".mixer-demo"
 _PHASE_SECONDS = 900  # a phase that takes longer hangs
@@ -54,7 +51,7 @@ def run_demo(folder: Path) -> int:
     stage("shard", "packed into tar files")
     stage.mixer("shard", str(images), str(shards), "--val-fraction", "0.15", "--max-samples", "400")
 
-    config = ["digits", f"data.train={shards}", *SETTINGS, "train.strategy=ddp", "--nproc", "2"]
+    config = ["digits", f"data.train={shards}", "train.strategy=ddp", "--nproc", "2"]
     stage("train", "on 2 processes, to be killed on the way")
     probe = _probe_deepspeed()
     killed = stage.mixer("launch", "local", *config, f"run.dir={run}", watch=run, kill=True)

@@ -267,6 +267,31 @@ def run_export(run_dir: str, out: Path | None, form: str, which: str, ema: bool,
     return 0
 
 
+def run_audit(run_dir: str, overrides: list[str]) -> int:
+    """Prints what the audit found; exit code 1 if anything is wrong."""
+    from pipeline.audit import audit
+
+    run = existing_run(run_dir)
+    config = load_config(str(run.config), [f"run.dir={run.path}", *overrides]).config
+    report = audit(config, run)
+    print(f"{report.steps} steps of {report.attempts} live starts, {report.superseded} superseded ledger lines")
+    for epoch, samples in sorted(report.epochs.items()):
+        rest = f", {report.left_out[epoch]} left out" if epoch in report.left_out else " so far"
+        print(
+            f"epoch {epoch}: {samples:,} samples, each once{rest}"
+            if not report.faults
+            else f"epoch {epoch}: {samples:,}"
+        )
+    if report.masked or report.skipped:
+        print(f"{report.masked} masked (unreadable), {report.skipped} passed over after sick steps")
+    for fault in report.faults[:20]:
+        print(f"FAULT {fault}")
+    if report.faults:
+        raise UserError(f"{len(report.faults)} faults: the run did not see what the order says it should have seen")
+    print("exact: what reached the model is what the order and the index say, byte for byte")
+    return 0
+
+
 def existing_run(run_dir: str) -> RunFolder:
     run = RunFolder(run_dir)
     if not run.config.exists():

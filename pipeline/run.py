@@ -77,7 +77,7 @@ class RunFolder:
         self._lock.flush()
 
     def next_attempt(self) -> int:
-        return sum(1 for e in read_lines(self.events) if e["event"] in ("start", "resume"))
+        return sum(1 for e in read_lines(self.events) if e["event"] in _BEGINNINGS)
 
     def record(self, event: str, **details: Any) -> None:
         """Appends to events.jsonl: start, resume, save, signal, eval, damaged, config, finish."""
@@ -128,6 +128,7 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+_BEGINNINGS = ("start", "resume", "rollback")
 _UNWRITTEN: dict[Path, list[bytes]] = {}
 
 
@@ -161,19 +162,46 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
-def live_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines (with `step` and `attempt`) that no later attempt repeated, in order of steps."""
-    by_step: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        known = by_step.get(line["step"])
-        if known is None or line["attempt"] >= known["attempt"]:
-            by_step[line["step"]] = line
+def resume_points(run: str | Path) -> list[dict[str, Any]]:
+    """Where the run stands began anew: its start, resume and rollback events that still count, in order.
+
+    One that goes back to step s makes void what earlier attempts did past s.
+    """
+    live: list[dict[str, Any]] = []
+    for event in read_lines(RunFolder(run).events):
+        if event["event"] in _BEGINNINGS:
+            live = [e for e in live if e["step"] < event["step"]] + [event]
+    return live
+
+
+def live_lines(run: str | Path, lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines (with `step` and `attempt`) that no later attempt has made void, in order of steps."""
+    points = [(e["attempt"], e["step"]) for e in read_lines(RunFolder(run).events) if e["event"] in _BEGINNINGS]
+    last: dict[int, int] = {}  # attempt -> its last step that no later attempt went back behind
+    lowest = sys.maxsize
+    for attempt, step in sorted(points, reverse=True):
+        last[attempt] = lowest
+        lowest = min(lowest, step)
+    by_step = {line["step"]: line for line in lines if line["step"] <= last.get(line["attempt"], sys.maxsize)}
     return [by_step[s] for s in sorted(by_step)]
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """The training metrics of a run, one dict a logged step, without superseded ones."""
-    return live_lines(line for line in read_lines(RunFolder(run).metrics) if line.get("split", "train") == "train")
+    lines = (line for line in read_lines(RunFolder(run).metrics) if line.get("split", "train") == "train")
+    return live_lines(run, lines)
+
+
+def read_ledger(run: str | Path) -> tuple[dict[int, list[dict[str, Any]]], int]:
+    """(step -> the live lines of all ranks, how many lines are superseded)."""
+    steps: dict[int, list[dict[str, Any]]] = {}
+    total = 0
+    for path in sorted((RunFolder(run).path / "ledger").glob("rank-*.jsonl")):
+        lines = list(read_lines(path))
+        total += len(lines)
+        for line in live_lines(run, lines):
+            steps.setdefault(line["step"], []).append(line)
+    return dict(sorted(steps.items())), total - sum(map(len, steps.values()))
 
 
 def read_digests(run: str | Path) -> dict[int, tuple[int, int, str]]:
@@ -181,16 +209,8 @@ def read_digests(run: str | Path) -> dict[int, tuple[int, int, str]]:
 
     Ranks' digests add up modulo 2**64; so runs on other numbers of ranks compare equal.
     """
-    lines: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
-    for path in sorted((RunFolder(run).path / "ledger").glob("rank-*.jsonl")):
-        for line in read_lines(path):  # of a line that was written twice (after a full disk) the last counts
-            lines.setdefault((line["step"], line["attempt"]), {})[path.name] = line
-    newest: dict[int, int] = {}
-    for step, attempt in lines:
-        newest[step] = max(newest.get(step, -1), attempt)
     digests = {}
-    for step, attempt in sorted(newest.items()):
-        rows = list(lines[step, attempt].values())
+    for step, rows in read_ledger(run)[0].items():
         total = sum(int(r["digest"], 16) for r in rows) % 2**64
         digests[step] = rows[0]["epoch"], rows[0]["position"], f"{total:016x}"
     return digests

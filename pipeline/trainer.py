@@ -21,7 +21,7 @@ from pipeline.build import Parts
 from pipeline.checkpoint.layout import CheckpointError, CheckpointReader
 from pipeline.checkpoint.manager import best_score, step_folder
 from pipeline.checkpoint.stager import BackgroundSaver, SaveResult
-from pipeline.data.loader import Batch, eval_batches, step_digest, train_batches
+from pipeline.data.loader import Batch, eval_batches, masked_slots, step_digest, train_batches
 from pipeline.duration import Duration
 from pipeline.evaluate import EvalResult, evaluate
 from pipeline.health import SickSteps, Watchdog, slowest_rank
@@ -167,7 +167,7 @@ class Trainer:
         """Books the step: ledger, order, average, counts."""
         order, share = self.parts.order, self.parts.share
         self._own_seconds.append(self.engine.own_seconds + self._clock.last_wait)
-        errors = [e for b in batches for e in b.errors]
+        errors = masked_slots(share, batches)
         digest = step_digest(order.state.position, share, batches)
         append_line(
             self.run.ledger(self.world.rank),
@@ -183,7 +183,7 @@ class Trainer:
         )
         if errors:
             self.bad_samples += len(errors)
-            print(f"rank {self.world.rank}: bad sample, counted with weight 0: {errors[0]}", flush=True)
+            print(f"rank {self.world.rank}: bad sample, counted with weight 0: {errors[0][2]}", flush=True)
         self._positions[self.step + 1] = order.state.epoch, order.state.position
         self._positions.pop(self.step + 1 - 10 * self.sick.max_in_a_row - 100, None)
         order.state = order.next_state(order.state)
@@ -242,6 +242,7 @@ class Trainer:
         parts.checkpoints.clean()
         self._display = Display(self.schedule.total_steps, self.step, self._quiet)
         facts = {
+            **self._order_facts(),
             "attempt": self.attempt,
             "step": self.step,
             "world_size": world.size,
@@ -253,19 +254,25 @@ class Trainer:
             previous = state.get("written_by", {})
             event = "resume" if reader else "start"
             self.run.record(event, **facts, previous=previous, seconds=round(time.perf_counter() - started, 3))
-            self._writer = MetricWriter(
-                self.run,
-                attempt=self.attempt,
-                first_step=self.step,
-                to=self.config.logging.to,
-                run_name=self.config.run.name,
-                config=asdict(self.config),
-            )
+            self._open_writer()
             self._display.say(parts.summary(running, self.step, previous if reader else None))
             self._write_status("training")
         self._clock = Clock.now()
         self._last_save = time.monotonic()
         self._show_next_batch = True
+
+    def _open_writer(self) -> None:
+        """A writer for this attempt: what earlier ones wrote beyond this step is purged from the curves."""
+        if self._writer:
+            self._writer.close()
+        self._writer = MetricWriter(
+            self.run,
+            attempt=self.attempt,
+            first_step=self.step,
+            to=self.config.logging.to,
+            run_name=self.config.run.name,
+            config=asdict(self.config),
+        )
 
     def _end(self) -> Outcome:
         self._finish_saving()
@@ -361,6 +368,13 @@ class Trainer:
             tries -= 1
             self._save()
 
+    def _order_facts(self) -> dict[str, Any]:
+        """What an audit needs to know of a start: where in the order it began."""
+        return {
+            "order": self.parts.order.state.to_dict(),
+            "global_batch_size": self.config.train.global_batch_size,
+        }
+
     def _written_by(self) -> dict[str, Any]:
         return {"world_size": self.world.size, "strategy": self.config.train.strategy}
 
@@ -395,7 +409,9 @@ class Trainer:
                 sick=[first, last],
                 skipped=skips,
                 **self._written_by(),
+                **self._order_facts(),
             )
+            self._open_writer()
             self._display.say(
                 f"steps {first} to {last} had no healthy update: back to step {self.step}, and past their samples"
             )

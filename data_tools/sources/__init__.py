@@ -11,9 +11,10 @@ from pathlib import Path
 from data_tools.errors import UserError
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.sources import places
-from data_tools.sources.archives import ArchiveSource, is_archive
+from data_tools.sources.archives import ArchiveSource
 from data_tools.sources.folder import FolderSource
 from data_tools.sources.manifests import Columns, TextManifest
+from data_tools.sources.members import is_archive
 from data_tools.sources.parquet import ParquetSource
 from data_tools.sources.rows import IMAGE_SUFFIXES, Codec, Row, Source, has_image_suffix
 

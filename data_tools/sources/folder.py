@@ -15,7 +15,7 @@ from data_tools.sources import places
 from data_tools.sources.rows import SPLIT_ALIASES, Row, batches_of, has_image_suffix
 
 _STAT_THREADS = 16  # listing a network file system is all waiting
-_MANY_ENTRIES = 2048
+_MANY_ENTRIES, _STAT_ENTRIES = 2048, 64  # a large folder; what one thread looks at before the next
 
 
 class FolderSource:
@@ -125,7 +125,9 @@ def _local_lister(root: str):
         except OSError as e:
             raise UserError(f"cannot list {os.path.join(root, prefix)}: {e.strerror}") from e
         many = len(entries) >= _MANY_ENTRIES
-        infos = pool.map(_stat, entries, chunksize=1) if many else map(_stat, entries)
+        chunks = [entries[at : at + _STAT_ENTRIES] for at in range(0, len(entries), _STAT_ENTRIES)]
+        stats = pool.map(_stat_all, chunks) if many else map(_stat_all, chunks)
+        infos = (seen for chunk in stats for seen in chunk)
         rows: list[Row] = []
         folders: list[str] = []
         for entry, seen in zip(entries, infos):
@@ -175,6 +177,10 @@ def _is_wanted(name: str, ignored: Counter[str]) -> bool:
     else:
         ignored["files without an image suffix"] += 1
     return False
+
+
+def _stat_all(entries: list[os.DirEntry[str]]) -> list[os.stat_result | None]:
+    return list(map(_stat, entries))
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:

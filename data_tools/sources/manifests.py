@@ -30,6 +30,7 @@ PATH_COLUMNS = ("path", "file", "filename", "file_name", "image_path", "filepath
 LABEL_COLUMNS = ("label", "labels", "class", "cls")
 _SIZE_COLUMNS = ("size", "bytes", "file_size")
 _STAT_THREADS = 32
+_STAT_ROWS = 64  # a task of a thread
 
 
 @dataclass(frozen=True)
@@ -272,5 +273,6 @@ def measured(rows: Iterator[Row], root: str, options: places.StorageOptions | No
 
         while block := list(islice(rest, BATCH_ROWS)):
             if any(not row.size and not row.codec for row in block):
-                block = list(pool.map(look, block))
+                chunks = [block[at : at + _STAT_ROWS] for at in range(0, len(block), _STAT_ROWS)]
+                block = [row for chunk in pool.map(lambda rows: list(map(look, rows)), chunks) for row in chunk]
             yield from batches_of(block)

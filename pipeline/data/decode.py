@@ -47,7 +47,7 @@ def _decode_pillow(data: bytes, channels: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size)
-            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+            pixels = np.array(image.convert("RGB" if channels == 3 else "L"))  # asarray's is read-only
     except (MemoryError, ValueError):
         raise
     except Exception as e:  # Pillow's plugins raise anything: SyntaxError, struct.error, KeyError

@@ -194,6 +194,15 @@ def step_digest(position: int, share: Share, batches: list[Batch]) -> int:
     return int(key(slots, ids, crcs, used).sum(dtype=np.uint64)) if count else 0
 
 
+def masked_slots(share: Share, batches: list[Batch]) -> list[tuple[int, int, str]]:
+    """(slot of the global batch, sample id, why) of this rank's samples that could not be used in this step."""
+    ids = torch.cat([b.ids for b in batches])
+    unused = torch.cat([b.weights for b in batches]) == 0
+    reasons = [e for b in batches for e in b.errors]
+    rows = torch.nonzero(unused & (ids != PADDING)).flatten().tolist()
+    return [(share.first + row, int(ids[row]), why) for row, why in zip(rows, reasons)]
+
+
 def pixel_crc32(batch: Batch) -> int:
     """crc32 of a batch's augmented pixels: what tests and `--debug` compare."""
     return zlib.crc32(batch.images.numpy().tobytes())

@@ -35,23 +35,17 @@ def test_a_line_cut_short_is_left_out_and_harms_no_other(tmp_path):
     assert list(read_lines(path)) == [{"step": 1}, {"step": 3}, {"step": 4}]
 
 
-def test_live_lines_leave_out_what_a_later_attempt_repeated():
+def test_live_lines_leave_out_what_a_later_attempt_made_void(tmp_path):
+    run = RunFolder(tmp_path)
+    for attempt, step in enumerate([0, 4, 5, 2]):
+        run.record("resume" if attempt else "start", attempt=attempt, step=step)
     lines = [
-        {"step": s, "attempt": a, "loss": 10 * a + s}
-        for a, steps in [(0, range(1, 8)), (1, range(5, 7)), (2, range(6, 10))]
+        {"step": s, "attempt": a}
+        for a, steps in [(0, range(1, 8)), (1, range(5, 7)), (2, range(6, 10)), (3, range(3, 5))]
         for s in steps
     ]
-    assert [(x["step"], x["attempt"]) for x in live_lines(lines)] == [
-        (1, 0),
-        (2, 0),
-        (3, 0),
-        (4, 0),
-        (5, 1),
-        (6, 2),
-        (7, 2),
-        (8, 2),
-        (9, 2),
-    ]
+    # attempt 3 went back to step 2 and has reached 4: what was beyond is void although nobody has repeated it yet
+    assert [(x["step"], x["attempt"]) for x in live_lines(tmp_path, lines)] == [(1, 0), (2, 0), (3, 3), (4, 3)]
 
 
 def test_metrics_are_those_of_training(tmp_path):
