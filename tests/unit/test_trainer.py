@@ -291,7 +291,7 @@ def test_too_many_bad_samples_end_the_run_with_a_message(tmp_path, capsys):
     assert events(tmp_path / "run", "resume")
     ledger = {line["step"]: line for line in read_lines(tmp_path / "run" / "ledger" / "rank-00000.jsonl")}
     assert sum(len(line.get("masked", [])) for line in ledger.values()) == 16  # two epochs
-    assert all("crc32" in text for line in ledger.values() for text in line.get("masked", []))
+    assert all("crc32" in text for line in ledger.values() for _, _, text in line.get("masked", []))
 
 
 def test_a_bad_sample_changes_the_gradient_by_its_own_share_only(tmp_path):
