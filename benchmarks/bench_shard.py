@@ -222,7 +222,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="folder or tar of JPEG photographs")
     parser.add_argument("--small", type=Path, help="folder of small JPEGs; default: made")
-    parser.add_argument("--count", type=int, default=2000, help="photographs after replication")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=6000,
+        help="photographs after replication; fewer, and starting processes weighs more",
+    )
     parser.add_argument("--small-count", type=int, default=30_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scratch", type=Path, default=None, help="where to write; on the disk that matters")

@@ -64,8 +64,7 @@ def _assert_all_accounted_for(place: str, plan: ShardPlan, done: list[PackedShar
     planned, left_out = sum(s.samples for s in plan.shards), left_out_of(plan)
     if plan.corpus.listed != planned + left_out:
         raise UserError(
-            f"{plan.corpus.listed} samples are in the corpus, {planned} in shards and {left_out} are "
-            f"duplicates{fault}"
+            f"{plan.corpus.listed} samples are in the corpus, {planned} in shards and {left_out} are duplicates{fault}"
         )
 
 

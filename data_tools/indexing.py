@@ -225,9 +225,7 @@ def _read_tar(
             except (BadImage, BadLabel) as e:
                 bad.append((sample.key, str(e)))
                 continue
-            rows.append(
-                (key_hash(sample.key), part.offset, part.size, crc32(data), label, info.width, info.height)
-            )
+            rows.append((key_hash(sample.key), part.offset, part.size, crc32(data), label, info.width, info.height))
         digest = xxhash.xxh3_128()
         raw.seek(0)
         while chunk := raw.read(_CHUNK):
