@@ -95,8 +95,10 @@ class DatasetManifest:
             splits = {k: [ShardInfo(**s) for s in v] for k, v in raw["splits"].items()}
             return DatasetManifest(**{**raw, "splits": splits})
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{where} is not a data set manifest ({type(e).__name__}: {e}); "
-                            "run `mixer shard` or `mixer data index` to make one") from e
+            raise UserError(
+                f"{where} is not a data set manifest ({type(e).__name__}: {e}); "
+                "run `mixer shard` or `mixer data index` to make one"
+            ) from e
 
     @staticmethod
     def load(folder: str | Path) -> DatasetManifest:
@@ -105,8 +107,9 @@ class DatasetManifest:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise UserError(f"no {MANIFEST_NAME} in {folder}: not a finished data set; make one with "
-                            f"`mixer shard SOURCE {folder}`") from None
+            raise UserError(
+                f"no {MANIFEST_NAME} in {folder}: not a finished data set; make one with `mixer shard SOURCE {folder}`"
+            ) from None
         return DatasetManifest.from_json(text, str(path))
 
 

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from data_tools.errors import UserError
-from pipeline.checkpoint.manager import committed_steps
-from pipeline.checkpoint.place import checkpoint_root
+from pipeline.checkpoint.place import checkpoint_root, committed_steps
 from pipeline.cli import EXIT_SAVED
 from pipeline.config import Config
 from pipeline.run import RunFolder
@@ -92,8 +91,10 @@ class LocalLauncher:
             agent_killed = agent_code < 0 and not self._stopping  # its ranks saved, but nobody asked for an end
             if EXIT_SAVED in codes and not agent_killed:
                 return EXIT_SAVED
-            if UserError.exit_code in codes or self._stopping:
+            if UserError.exit_code in codes:
                 return UserError.exit_code
+            if self._stopping:  # before a rank was ready to save: nothing is lost, and it is to be continued
+                return EXIT_SAVED
             after = committed_steps(self.run.checkpoints)
             fruitless = 0 if after[-1:] != before[-1:] else fruitless + 1
             if fruitless > self.max_restarts:

@@ -19,6 +19,7 @@ from data_tools.errors import UserError
 from pipeline.checkpoint.place import checkpoint_root
 from pipeline.config import Config, diff_configs, load_config, to_yaml
 from pipeline.run import RunFolder, read_lines, replace_file
+from pipeline.stop import StopFlag
 
 EXIT_SAVED = 75  # EX_TEMPFAIL, "try again": saved before the end, to be continued
 SMOKE_STEPS = 3
@@ -35,6 +36,7 @@ def quiet_libraries() -> None:
 
 def run_training(config: Config, allow: set[str]) -> int:
     """Trains in this process, as one rank of the group that the environment describes. Returns the exit code."""
+    flag = StopFlag().install()
     quiet_libraries()
     from pipeline.build import build
     from pipeline.parallel.world import World
@@ -51,7 +53,7 @@ def run_training(config: Config, allow: set[str]) -> int:
         problem = world.broadcast(problem)
         if problem:
             raise UserError(problem)
-        outcome = Trainer(build(config, world, allow)).train()
+        outcome = Trainer(build(config, world, allow), flag=flag).train()
         return 0 if outcome == "finished" else EXIT_SAVED
     except UserError:
         raise

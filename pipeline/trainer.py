@@ -8,7 +8,6 @@ all-reduce.
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,27 +28,10 @@ from pipeline.metrics import Display, MetricWriter, image_grid, token_mixing_pic
 from pipeline.optim import lr_scale
 from pipeline.parallel.engine import StepStats
 from pipeline.run import append_line, read_lines
+from pipeline.stop import StopFlag
 
 Outcome = Literal["finished", "stopped"]
 RETRY_SAVE_SECONDS = 60.0
-
-
-class StopFlag:
-    """Remembers that a signal asked for an end. The handler does nothing else: a save happens between two steps."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-    def install(self) -> None:
-        for number in self.SIGNALS:
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
-        self.name = signal.Signals(number).name
 
 
 @dataclass
@@ -70,14 +52,14 @@ class Clock:
 class Trainer:
     """Trains one run from wherever it stands to its end. Collective: every rank runs the same."""
 
-    def __init__(self, parts: Parts, *, quiet: bool = False):
+    def __init__(self, parts: Parts, *, flag: StopFlag | None = None, quiet: bool = False):
         self.parts, self.config, self.world = parts, parts.config, parts.world
         self.engine, self.run, self.schedule = parts.engine, parts.run, parts.schedule
         self.step = self.samples = 0  # completed so far
         self.metrics: dict[str, float] = {}  # of the last evaluation, valid at `self.evaluated_at`
         self.evaluated_at = self.saved_at = self._save_begun_at = -1
         self.bad_samples = 0
-        self.flag = StopFlag()
+        self.flag = flag or StopFlag().install()
         self._last_save, self._retry_save_at = time.monotonic(), math.inf
         h = self.config.health
         self.sick = SickSteps(h.max_skipped, h.spike_factor)
@@ -94,7 +76,6 @@ class Trainer:
         Raises:
             UserError: more bad samples than `data.max_bad_fraction` allows; the run is saved first.
         """
-        self.flag.install()
         self._start()
         end = min(self.schedule.total_steps, stop_at or self.schedule.total_steps)
         stop = self.step >= end

@@ -20,11 +20,10 @@ import xxhash
 from torch import Tensor
 
 from data_tools.errors import UserError
-from pipeline.checkpoint.place import blocks, read_range, size, write_durably
+from pipeline.checkpoint.place import MANIFEST, blocks, read_range, size, write_durably
 from pipeline.parallel.engine import ADAM_MOMENTS, BUFFER, EMA, WEIGHT, Piece
 
 FORMAT_VERSION = 1
-MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 _DTYPES = {
     torch.float32: "F32",

@@ -21,7 +21,6 @@ from typing import Any
 import xxhash
 
 from pipeline.checkpoint.layout import (
-    MANIFEST,
     STATE,
     CheckpointError,
     CheckpointManifest,
@@ -32,19 +31,21 @@ from pipeline.checkpoint.layout import (
     write_pieces,
 )
 from pipeline.checkpoint.place import (
+    MANIFEST,
+    STEP_NAME,
+    committed_steps,
     copy_file,
     make_folder,
     move,
     names,
     publish,
     remove_tree,
+    step_folder,
     sync_folder,
     write_durably,
 )
 from pipeline.parallel.engine import Piece
 from pipeline.parallel.world import World
-
-_STEP = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,6 @@ class Retention:
         newest = set(sorted(steps)[-max(1, self.keep_last) :])
         forever = {s for s in steps if self.keep_every and s % self.keep_every == 0}
         return [s for s in steps if s not in newest | forever and s != best]
-
-
-def step_folder(root: Path, step: int) -> Path:
-    return root / f"step-{step:08d}"
-
-
-def committed_steps(root: Path) -> list[int]:
-    """Steps of the checkpoints that exist, ascending."""
-    found = [int(m[1]) for name in names(root) if (m := _STEP.fullmatch(name))]
-    return sorted(s for s in found if (step_folder(root, s) / MANIFEST).exists())
 
 
 def best_score(root: Path, metric: str = "top1") -> tuple[float, int] | None:
@@ -223,7 +214,7 @@ class CheckpointManager:
         """Removes folders that a crash left without a manifest. Only at a start, when nobody is writing."""
         if self.world.is_main:
             for name in names(self.root):
-                if _STEP.fullmatch(name) and not (self.root / name / MANIFEST).exists():
+                if STEP_NAME.fullmatch(name) and not (self.root / name / MANIFEST).exists():
                     remove_tree(self.root / name)
         self.world.barrier()
 

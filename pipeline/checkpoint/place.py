@@ -7,6 +7,7 @@ methods over fsspec. On a store a PUT is atomic and durable by itself: no tempor
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.config import Config
 
+MANIFEST = "MANIFEST.json"  # its presence makes a folder a checkpoint
+STEP_NAME = re.compile(r"step-(\d{8,})")
 _BLOCK = 8 << 20
 
 
@@ -31,6 +34,16 @@ def checkpoint_root(config: Config) -> Path:
     """Where the checkpoints of a run lie: `checkpoint.dir`, else its own folder."""
     c = config.checkpoint
     return place(c.dir, c.storage_options) if c.dir else Path(config.run.dir) / "checkpoints"
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def committed_steps(root: Path) -> list[int]:
+    """Steps of the checkpoints that exist, ascending."""
+    found = [int(m[1]) for name in names(root) if (m := STEP_NAME.fullmatch(name))]
+    return sorted(s for s in found if (step_folder(root, s) / MANIFEST).exists())
 
 
 def is_local(path: Path) -> bool:

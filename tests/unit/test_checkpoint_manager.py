@@ -143,7 +143,7 @@ def test_walks_back_over_damage_with_a_warning(run, damage):
                 flip(path.parent / "state.json", 3)
     assert run.newest_step() == 1
     assert len(run.warnings) == 2
-    assert "step-3" in run.warnings[0] and "step-2" in run.warnings[1]
+    assert "step-00000003" in run.warnings[0] and "step-00000002" in run.warnings[1]
 
 
 def test_damaged_checkpoints_do_not_crowd_out_good_ones(tmp_path, world):

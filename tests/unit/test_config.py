@@ -97,9 +97,7 @@ def test_text_stays_as_written(write, text):
     assert load(recipe=write(f"run:\n  name: '{text}'  # quoted\n")).run.name == text
 
 
-@pytest.mark.parametrize(
-    "text", ["a: b", "[x", "#1", "{", "s3://bucket/a#b", "'quoted", "it's", "- x", "%d", "@x"]
-)
+@pytest.mark.parametrize("text", ["a: b", "[x", "#1", "{", "s3://bucket/a#b", "'quoted", "it's", "- x", "%d", "@x"])
 def test_text_on_the_command_line_needs_no_yaml_quotes(text):
     assert load(f"run.name={text}").run.name == text
 
@@ -116,9 +114,7 @@ def test_a_section_with_every_key_commented_out_is_empty(write):
 
 
 def test_anchors_and_merge_keys_work(write):
-    recipe = write(
-        "optimizer: &o {lr: 0.5}\nscheduler: {warmup: 1 step}\nloss: {<<: {label_smoothing: 0.1}}\n"
-    )
+    recipe = write("optimizer: &o {lr: 0.5}\nscheduler: {warmup: 1 step}\nloss: {<<: {label_smoothing: 0.1}}\n")
     config = load(recipe=recipe)
     assert (config.optimizer.lr, config.loss.label_smoothing) == (0.5, 0.1)
 
@@ -357,9 +353,7 @@ def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest_and_the_list(tmp_path):
-    with pytest.raises(
-        UserError, match=r"digit: no such file.*did you mean digits\?\nrecipes: cifar10, digits"
-    ):
+    with pytest.raises(UserError, match=r"digit: no such file.*did you mean digits\?\nrecipes: cifar10, digits"):
         find_recipe("digit")
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(UserError, match=r"is a folder.*give .*config\.yaml"):
@@ -388,9 +382,7 @@ def test_the_written_config_reproduces_the_run(tmp_path, name):
     assert [c.key for c in diff_configs(config, moved)] == ["run.dir"]
 
 
-texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1) | st.text(
-    "\\${}a:#'\" ", min_size=1
-)
+texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1) | st.text("\\${}a:#'\" ", min_size=1)
 numbers = st.floats(min_value=1e-300, max_value=1e300)
 
 
@@ -425,9 +417,7 @@ def test_every_key_has_a_class_on_resume():
 
 def test_changes_are_told_with_their_class():
     old = load()
-    new = load(
-        "optimizer.lr=0.1", "train.global_batch_size=512", "model.name=mixer_s32", "train.strategy=fsdp"
-    )
+    new = load("optimizer.lr=0.1", "train.global_batch_size=512", "model.name=mixer_s32", "train.strategy=fsdp")
     changes = {c.key: c for c in diff_configs(old, new)}
     assert {k: c.kind for k, c in changes.items()} == {
         "model.name": "refused",
@@ -440,9 +430,7 @@ def test_changes_are_told_with_their_class():
     assert diff_configs(old, load()) == []
 
 
-@pytest.mark.parametrize(
-    "key", ["run.seed", "model.drop_path_rate", "data.chunk", "data.window", "data.lanes"]
-)
+@pytest.mark.parametrize("key", ["run.seed", "model.drop_path_rate", "data.chunk", "data.window", "data.lanes"])
 def test_what_fixes_weights_and_order_is_refused_on_resume(key):
     assert resume_kind(key) == "refused"
 

@@ -115,9 +115,7 @@ def test_schedules_match_big_visions_formula(warmup, total):
         "constant": np.ones(len(steps)) * ramp,
     }
     for name, values in expected.items():
-        got = [
-            lr_scale(int(t), total_steps=total, warmup_steps=warmup, name=name, end_factor=e) for t in steps
-        ]
+        got = [lr_scale(int(t), total_steps=total, warmup_steps=warmup, name=name, end_factor=e) for t in steps]
         np.testing.assert_allclose(got, values, rtol=1e-12, atol=1e-15)
 
 

@@ -258,9 +258,7 @@ def test_initial_values_depend_on_name_and_seed_alone():
     for name, p in short.named_parameters():
         if not name.startswith("head"):
             assert torch.equal(p, again[name])
-    assert not torch.equal(
-        again["blocks.0.mlp_channels.fc1.weight"], again["blocks.1.mlp_channels.fc1.weight"]
-    )
+    assert not torch.equal(again["blocks.0.mlp_channels.fc1.weight"], again["blocks.1.mlp_channels.fc1.weight"])
     seed_0, seed_1 = (init_parameter("stem.proj.weight", (8, 3, 4, 4), seed) for seed in (0, 1))
     assert not torch.equal(seed_0, seed_1)
 
@@ -344,9 +342,7 @@ def test_another_family_is_one_module_and_one_line(monkeypatch):
 
 
 def test_costs_need_no_torch():
-    code = (
-        "import sys; from pipeline.model import *; model_cost('mixer_b16'); assert 'torch' not in sys.modules"
-    )
+    code = "import sys; from pipeline.model import *; model_cost('mixer_b16'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
