@@ -31,6 +31,7 @@ test-all: test test-slow ## all tests; those that lack a GPU, SLURM, ... skip an
 
 lint: $(VENV)/.dev ## ruff, pyright, import-linter
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 

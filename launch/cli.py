@@ -75,7 +75,9 @@ def train(
         command = ["train", config, *(overrides or [])]
         command += ["--allow", allow] if allow else []
         command += ["--smoke"] if smoke else []
-        launcher = LocalLauncher(command, loaded.config, processes or _gpus(), loaded.config.launch.max_restarts)
+        launcher = LocalLauncher(
+            command, loaded.config, processes or _gpus(), 0 if smoke else loaded.config.launch.max_restarts
+        )
         raise typer.Exit(launcher.launch())
     from pipeline.cli import run_smoke, run_training
 
@@ -106,7 +108,8 @@ def resume(
     starts = [e for e in read_lines(folder.events) if e["event"] in ("start", "resume")]
     last = starts[-1]["world_size"] if starts else None
     settings = [f"run.dir={folder.path}", *(overrides or [])]
-    train(str(folder.config), settings, nproc or last, allow, False, False)
+    asked = any(s.startswith("launch.nproc=") for s in settings)
+    train(str(folder.config), settings, nproc or (None if asked else last), allow, False, False)
 
 
 @launch_app.command("local")

@@ -98,6 +98,8 @@ class LocalLauncher:
             after = committed_steps(self.run.checkpoints)
             fruitless = 0 if after[-1:] != before[-1:] else fruitless + 1
             if fruitless > self.max_restarts:
+                if self.max_restarts == 0:
+                    raise UserError(f"a process of `mixer {self.command[0]}` died; what it said is above")
                 raise UserError(
                     f"the training processes died {fruitless} times without a new checkpoint in between; "
                     f"see {self.run.path / 'logs'}, then `mixer resume {self.run.path}`"
@@ -113,7 +115,7 @@ class LocalLauncher:
         with tempfile.TemporaryDirectory(prefix="mixer-") as scratch:
             outcome = Path(scratch) / "outcome"
             environment = {**os.environ, OUTCOME_FILE: str(outcome)}
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.nproc)))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.nproc)))
             self._agent = subprocess.Popen(
                 [*torchrun(self.nproc), "-m", "launch.cli", *self.command],
                 env=environment,

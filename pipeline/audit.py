@@ -45,6 +45,12 @@ def audit(config: Config, run: RunFolder, progress: Callable[[], None] = lambda:
     source = open_source(
         config.data.train, "train", image_size=config.model.image_size, num_classes=config.model.num_classes
     )
+    last = max(lines)
+    starts = sum(p["step"] < last for p in points)
+    if len(lines[last]) < max(len(rows) for rows in lines.values()) and starts and not run.finished.exists():
+        del lines[last]  # killed, or still running: not all ranks have written this step yet
+    if not lines:
+        raise UserError(f"{run.path / 'ledger'} holds no complete step yet")
     report = Audit(steps=len(lines), attempts=len(points), superseded=superseded)
     seen: dict[int, np.ndarray] = {}
     expected = _expected_steps(points, source, max(lines))

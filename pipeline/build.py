@@ -40,6 +40,7 @@ class Schedule:
     log_every: int
     eval_every: int | None
     save_every: int | float
+    keep_every: int | None
     agree_every: int
 
     @staticmethod
@@ -62,6 +63,7 @@ class Schedule:
             steps(config.logging.every),
             steps(config.eval.every) if config.eval.every else None,
             every.seconds() if every.is_time else steps(config.checkpoint.every),
+            steps(config.checkpoint.keep_every) if config.checkpoint.keep_every else None,
             # Agreeing costs a round trip: nothing beside a CPU's step, something beside a GPU's
             1 if on_cpu else 10,
         )
@@ -119,6 +121,12 @@ class Parts:
             return {}
         self._check_model(reader)
         state = reader.state()
+        mine, theirs = self.run.identity(), state.get("run_id")
+        if mine and theirs and mine != theirs:
+            raise UserError(
+                f"{reader.folder} belongs to another run: choose another checkpoint.dir or mirror, or begin with its "
+                f"weights (run.init_from). If it is this run's after all, write {theirs} into {self.run.path}/run_id"
+            )
         load_pieces(self.engine.pieces(), reader)
         self.average.load(reader, has=any(kind == EMA for _, kind in reader.manifest.tensors))
         self.engine.finish_load(state["optimizer_step"])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
-from pipeline.checkpoint.place import checkpoint_root
+from pipeline.checkpoint.place import checkpoint_places, checkpoint_root, committed_steps
 from pipeline.config import Config, diff_configs, load_config, to_yaml
 from pipeline.run import RunFolder, read_lines, replace_file
 from pipeline.stop import StopFlag
@@ -48,7 +48,7 @@ def run_training(config: Config, allow: set[str]) -> int:
         if world.is_main:
             try:
                 _held = take_over_run(config, allow)  # the lock goes with the object: kept until this returns
-            except UserError as e:
+            except (UserError, OSError) as e:
                 problem = str(e)
         problem = world.broadcast(problem)
         if problem:
@@ -84,12 +84,18 @@ def take_over_run(config: Config, allow: set[str]) -> RunFolder:
     Raises:
         UserError: another training holds the folder; or a key changed that a resume may not change.
     """
-    from pipeline.checkpoint.manager import committed_steps
-
     run = RunFolder(config.run.dir, checkpoint_root(config))
     run.lock()
-    if run.config.exists() and committed_steps(run.checkpoints):
-        changes = [c for c in diff_configs(load_config(str(run.config)).config, config) if c.key != "run.dir"]
+    run.identity(make=True)
+    old = load_config(str(run.config)).config if run.config.exists() else None
+    if old is not None and any(committed_steps(root) for c in (old, config) for root in checkpoint_places(c)):
+        changes = [c for c in diff_configs(old, config) if c.key != "run.dir"]
+        moved = [c for c in changes if c.key == "checkpoint.dir"]
+        if moved and not committed_steps(run.checkpoints):
+            raise UserError(
+                f"{run.checkpoints} holds no checkpoint, {checkpoint_root(old)} does ({moved[0]}): "
+                "copy them there first, or keep checkpoint.dir"
+            )
         refused = [c for c in changes if c.kind == "refused"]
         if refused:
             raise UserError(
@@ -134,6 +140,7 @@ def run_smoke(config: Config) -> int:
             train=replace(config.train, duration=f"{SMOKE_STEPS + 1} steps"),
             scheduler=replace(config.scheduler, warmup="0 steps"),
             eval=replace(config.eval, every=None),
+            checkpoint=replace(config.checkpoint, dir=None, mirror=None),  # those of the run to be stay untouched
             logging=replace(config.logging, every="1 steps", to=["tensorboard"]),
         )
         try:
@@ -185,6 +192,7 @@ def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
         raise UserError(f"{config.data.train} has no val split: give one with data.val=FOLDER")
     classes = num_classes(config, train)
     world = World.join()
+    reader = CheckpointReader(world.broadcast(reader.folder))  # of a run in progress, ranks may see another last one
     model = create_model(config.model.name, classes, config.model.image_size, device="meta", **model_overrides(config))
     model.to_empty(device=world.device)
     kind = EMA if ema else WEIGHT

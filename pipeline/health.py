@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import math
 import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +31,7 @@ class Watchdog:
     def __init__(self, timeout: float, log: Path, enabled: bool = True):
         self._timeout, self._log = timeout, log
         self._beat = time.monotonic()
+        self._paused = False
         self._over = threading.Event()
         if enabled:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -39,10 +42,20 @@ class Watchdog:
     def stop(self) -> None:
         self._over.set()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While something slow has timeouts of its own: loading, or waiting for a save."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+            self.beat()
+
     def _watch(self) -> None:
         while not self._over.wait(min(self._timeout / 4, 10.0)):
             silent = time.monotonic() - self._beat
-            if silent > self._timeout:
+            if silent > self._timeout and not self._paused:
                 self._log.parent.mkdir(parents=True, exist_ok=True)
                 with open(self._log, "a") as f:
                     f.write(f"{socket.gethostname()} pid {os.getpid()}: no step for {silent:.0f} s\n")
@@ -57,32 +70,33 @@ class Watchdog:
 class SickSteps:
     """Finds steps whose update was skipped (non-finite loss or gradient) or whose loss jumped.
 
-    Values stay on the device until `look`, which every rank calls at the same steps with the same global values, so
-    all of them come to the same conclusion.
+    Values stay on the device until `look`, which every rank calls at the same steps; it sums the losses over ranks
+    (norms are global already), so all ranks come to the same conclusion.
     """
 
     max_in_a_row: int
     spike_factor: float | None = None
-    _waiting: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    _waiting: list[tuple[int, Tensor]] = field(default_factory=list)
     _mean_loss: float | None = None
     in_a_row: list[int] = field(default_factory=list)  # the latest run of sick steps
-    total: int = 0
 
-    def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        self._waiting.append((step, loss.detach(), norm.detach()))
+    def add(self, step: int, loss: Tensor, weight: Tensor, norm: Tensor) -> None:
+        """`loss` and `weight` are this rank's sums, `norm` is the global gradient norm."""
+        self._waiting.append((step, torch.stack([loss.float(), weight.float(), norm.float().to(loss.device)]).detach()))
 
-    def look(self) -> list[tuple[int, str]]:
-        """(step, why) of steps that were found sick since the last look."""
+    def look(self, world: World) -> list[tuple[int, str]]:
+        """(step, why) of steps that were found sick since the last look. Collective."""
         if not self._waiting:
             return []
-        values = torch.stack([torch.stack([loss.float().cpu(), norm.float().cpu()]) for _, loss, norm in self._waiting])
+        rows = torch.stack([values for _, values in self._waiting]).tolist()
+        sums = world.sum([value for loss, weight, _ in rows for value in (loss, weight)])
         found = []
-        for (step, _, _), (loss, norm) in zip(self._waiting, values.tolist()):
+        for i, (step, _) in enumerate(self._waiting):
+            loss, norm = sums[2 * i] / max(sums[2 * i + 1], 1.0), rows[i][2]
             why = self._why(loss, norm)
             if why:
                 found.append((step, why))
                 self.in_a_row.append(step)
-                self.total += 1
             else:
                 self.in_a_row = []
                 self._mean_loss = loss if self._mean_loss is None else 0.98 * self._mean_loss + 0.02 * loss

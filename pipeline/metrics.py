@@ -6,8 +6,10 @@ purge what lies beyond the resumed step (`purge_step`), so that curves go on wit
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,30 +51,46 @@ class MetricWriter:
                 dir=str(run.path),
                 config=config,
             )
+            self._wandb.define_metric("*", step_metric="step")  # its own counter refuses to go back
 
     def scalars(self, step: int, values: dict[str, float], split: str = "train") -> None:
         """One line in metrics.jsonl; the same under `split/` elsewhere."""
         append_line(self._run.metrics, {"step": step, "attempt": self._attempt, "split": split, **values})
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and self._board:
-                self._board.add_scalar(f"{split}/{name}", value, step)
-        if self._wandb:
-            self._wandb.log({f"{split}/{k}": v for k, v in values.items()}, step=step)
+        with self._harmless():
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and self._board:
+                    self._board.add_scalar(f"{split}/{name}", value, step)
+            if self._wandb:
+                self._wandb.log({f"{split}/{k}": v for k, v in values.items()} | {"step": step})
 
     def image(self, step: int, name: str, pixels: Tensor) -> None:
         """pixels: float [3, H, W] in [0, 1]."""
-        if self._board:
-            self._board.add_image(name, pixels, step)
-        if self._wandb:
-            import wandb  # pyright: ignore[reportMissingImports]
+        with self._harmless():
+            if self._board:
+                self._board.add_image(name, pixels, step)
+            if self._wandb:
+                import wandb  # pyright: ignore[reportMissingImports]
 
-            self._wandb.log({name: wandb.Image(pixels.permute(1, 2, 0).numpy())}, step=step)
+                self._wandb.log({name: wandb.Image(pixels.permute(1, 2, 0).numpy()), "step": step})
 
     def close(self) -> None:
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.finish()
+        with self._harmless():
+            if self._board:
+                self._board.close()
+            if self._wandb:
+                self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """Curves must not end a training: what fails (a full disk, a server) is said once and then left alone."""
+        try:
+            yield
+        except Exception as e:
+            print(
+                f"warning: no more curves from this attempt ({type(e).__name__}: {e}); metrics.jsonl goes on",
+                flush=True,
+            )
+            self._board = self._wandb = None
 
 
 def image_grid(images: Tensor, columns: int = 8, pad: int = 2) -> Tensor:

@@ -20,6 +20,7 @@ import shlex
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -75,6 +76,13 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
+
+    def identity(self, make: bool = False) -> str | None:
+        """What tells this run's checkpoints from others in the same place; rank 0 makes it at the first start."""
+        path = self.path / "run_id"
+        if make and not path.exists():
+            replace_file(path, uuid.uuid4().hex + "\n")
+        return path.read_text().strip() if path.exists() else None
 
     def next_attempt(self) -> int:
         return sum(1 for e in read_lines(self.events) if e["event"] in _BEGINNINGS)
@@ -150,11 +158,16 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         _UNWRITTEN[path] = lines
 
 
+def sync_file(path: Path) -> None:
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        os.fsync(f.fileno())
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a .jsonl file; a line that a crash cut short is left out."""
     if not path.exists():
         return
-    with open(path) as f:
+    with open(path, errors="replace") as f:
         for line in f:
             try:
                 yield json.loads(line)

@@ -7,6 +7,7 @@ all-reduce.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -27,11 +28,12 @@ from pipeline.health import SickSteps, Watchdog, slowest_rank
 from pipeline.metrics import Display, MetricWriter, image_grid, token_mixing_picture
 from pipeline.optim import lr_scale
 from pipeline.parallel.engine import StepStats
-from pipeline.run import append_line, read_lines
+from pipeline.run import append_line, read_lines, sync_file
 from pipeline.stop import StopFlag
 
 Outcome = Literal["finished", "stopped"]
 RETRY_SAVE_SECONDS = 60.0
+MAX_ROLLBACKS = 3  # to one checkpoint
 
 
 @dataclass
@@ -65,6 +67,8 @@ class Trainer:
         self.sick = SickSteps(h.max_skipped, h.spike_factor)
         self._positions: dict[int, tuple[int, int]] = {}  # step -> (epoch, position), of the latest steps
         self._own_seconds: list[float] = []
+        self._rollbacks: dict[int, int] = {}
+        self._display = Display(0, 0, quiet=True)
         self._quiet = quiet or not self.world.is_main
         self._writer: MetricWriter | None = None
 
@@ -76,6 +80,13 @@ class Trainer:
         Raises:
             UserError: more bad samples than `data.max_bad_fraction` allows; the run is saved first.
         """
+        try:
+            return self._train(stop_at)
+        finally:
+            self._watchdog.stop()
+            self._display.close()
+
+    def _train(self, stop_at: int | None) -> Outcome:
         self._start()
         end = min(self.schedule.total_steps, stop_at or self.schedule.total_steps)
         stop = self.step >= end
@@ -93,7 +104,7 @@ class Trainer:
         self._show_batch(batches[0])
         stats, norm = self.engine.train_step(batches, self.learning_rate(self.step))
         self._complete_step(batches)
-        self.sick.add(self.step, stats.loss / stats.weight.clamp(min=1), norm)
+        self.sick.add(self.step, stats.loss, stats.weight, norm)
         self._watchdog.beat()
         if self._due(self.schedule.log_every):
             self._log(stats, norm)
@@ -103,7 +114,9 @@ class Trainer:
         if finished or (self.schedule.eval_every and self._due(self.schedule.eval_every)):
             self._evaluate()
         save, stop = self._agree()
-        if (save or stop or finished or self._is_best()) and not self.sick.in_a_row:
+        best = self._is_best()
+        # Nobody should resume into the middle of sick steps; at the end it is the last healthy state that is saved
+        if stop or finished or ((save or best) and not self.sick.in_a_row):
             self._save()
         return finished or stop
 
@@ -175,19 +188,19 @@ class Trainer:
 
     def _agree(self) -> tuple[bool, bool]:
         """(save now, stop now), the same on all ranks; looked at every few steps only, where steps are short."""
-        if self.step % self.schedule.agree_every and self.step < self.schedule.total_steps:
+        every, keep = self.schedule.save_every, self.schedule.keep_every
+        saving = (isinstance(every, int) and self._due(every)) or bool(keep and self.step % keep == 0)
+        if not saving and self.step % self.schedule.agree_every and self.step < self.schedule.total_steps:
             return False, False
         self._book(self.saver.poll())
-        for step, why in self.sick.look():
+        for step, why in self.sick.look(self.world):
             if self.world.is_main:
                 self.run.record("sick", attempt=self.attempt, step=step, why=why)
                 self._display.say(f"warning: step {step}: {why}")
-        every = self.schedule.save_every
-        if isinstance(every, int):
-            due = self._due(every)
-        else:  # a clock: rank 0's counts
-            due = self.world.is_main and time.monotonic() - self._last_save >= every
-        due = due or (self.world.is_main and time.monotonic() >= self._retry_save_at)
+        now = time.monotonic()
+        # What depends on a clock is rank 0's to say
+        overdue = now >= self._retry_save_at or (isinstance(every, float) and now - self._last_save >= every)
+        due = saving or (self.world.is_main and overdue)
         save, stop, bad = self.world.sum([due, self.flag.name is not None, self.bad_samples])
         seen = max(self.samples, self.parts.order.num_samples)
         if bad > self.config.data.max_bad_fraction * seen:
@@ -210,8 +223,9 @@ class Trainer:
         self._watchdog = Watchdog(timeout, self.run.path / "logs" / f"stacks-rank-{world.rank:05d}.txt")
         self.saver = BackgroundSaver(parts.checkpoints, world, background=self.config.checkpoint.background)
         self.engine.warm_up(parts.blank_batch())
-        reader = parts.checkpoints.newest_good(warn=self._warn_damage)
-        state = parts.load(reader)
+        with self._watchdog.paused():
+            reader = parts.checkpoints.newest_good(warn=self._warn_damage)
+            state = parts.load(reader)
         self.step, self.samples = state.get("step", 0), state.get("samples", 0)
         self.schedule = parts.schedule
         self.saved_at = self._save_begun_at = self.step if reader else -1
@@ -256,8 +270,8 @@ class Trainer:
         )
 
     def _end(self) -> Outcome:
-        self._finish_saving()
-        self._watchdog.stop()
+        with self._watchdog.paused():
+            self._finish_saving()
         finished = self.step >= self.schedule.total_steps
         outcome: Outcome = "finished" if finished else "stopped"
         if self.world.is_main:
@@ -274,7 +288,7 @@ class Trainer:
                 self._display.say(f"saved at step {self.step} after {name}; go on with `mixer resume {self.run.path}`")
             elif not finished:
                 self._display.say(f"saved at step {self.step}")
-            elif self.metrics:
+            elif self.evaluated_at == self.step:
                 self._display.say(
                     f"finished: {self.step} steps, top-1 {self.metrics['top1']:.2%}, "
                     f"top-5 {self.metrics['top5']:.2%} of {self.metrics['samples']:.0f} val samples"
@@ -294,6 +308,7 @@ class Trainer:
             return
         started = time.perf_counter()
         self._save_begun_at = self.step
+        sync_file(self.run.ledger(self.world.rank))  # what a checkpoint includes must be provable after a power cut
         metrics = self.metrics if self.evaluated_at == self.step else {}
         previous = self.saver.save(
             self.step,
@@ -328,7 +343,8 @@ class Trainer:
         if self.world.is_main:
             seconds = {"seconds": round(result.seconds, 3), "stall": round(result.stall, 4)}
             self.run.record("save", attempt=self.attempt, step=result.step, **seconds, **self._written_by())
-            self._show_weights(result.step)
+            with contextlib.suppress(CheckpointError):  # pruned or out of reach meanwhile: it is only a picture
+                self._show_weights(result.step)
 
     def _finish_saving(self) -> None:
         """Waits for the save in flight; tries again where the last one failed.
@@ -339,7 +355,7 @@ class Trainer:
         tries = 3
         while True:
             self._book(self.saver.wait())
-            if self._save_begun_at == self.step or self.sick.in_a_row:
+            if self._save_begun_at == self.step:
                 return
             if not tries:
                 raise CheckpointError(
@@ -376,9 +392,18 @@ class Trainer:
                 f"steps {first} to {last} had no finite update and there is no checkpoint to go back to: "
                 "lower optimizer.lr, lengthen scheduler.warmup, or look at the data"
             )
-        state = self.parts.load(reader)
+        earlier = self.parts.order.state.skips  # of rollbacks that the checkpoint does not know of yet
+        with self._watchdog.paused():
+            state = self.parts.load(reader)
         order = self.parts.order
-        order.state = order.settle(replace(order.state, skips=order.state.skips + skips))
+        skips = tuple(dict.fromkeys((*order.state.skips, *earlier, *skips)))
+        order.state = order.settle(replace(order.state, skips=skips))
+        self._rollbacks[state["step"]] = self._rollbacks.get(state["step"], 0) + 1
+        if self._rollbacks[state["step"]] > MAX_ROLLBACKS:
+            raise UserError(
+                f"{MAX_ROLLBACKS} times back to step {state['step']} and sick again: it is not the samples. Lower "
+                "optimizer.lr or look at the model, then `mixer resume`"
+            )
         self.step, self.samples = state["step"], state["samples"]
         self.saved_at = self._save_begun_at = self.step
         self.attempt = self.world.broadcast(self.run.next_attempt() if self.world.is_main else None)
@@ -401,6 +426,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
         return {
+            "run_id": self.run.identity(),
             "step": self.step,
             "samples": self.samples,
             "optimizer_step": self.engine.optimizer_step,
@@ -420,7 +446,8 @@ class Trainer:
             batch_size=self.config.eval.batch_size or self.parts.share.micro_batch_size,
             num_workers=self.config.data.num_workers,
         )
-        result: EvalResult = evaluate(self.engine.predict, batches, self.parts.loss_fn, self.world)
+        beat = self._watchdog.beat
+        result: EvalResult = evaluate(self.engine.predict, batches, self.parts.loss_fn, self.world, on_batch=beat)
         self.metrics, self.evaluated_at = result.to_dict(), self.step
         if self.world.is_main and self._writer:
             self._writer.scalars(self.step, result.to_dict(), split="val")

@@ -240,7 +240,11 @@ class CheckpointReader:
         return self._headers[file]
 
     def damage(self, files: Iterable[FileRecord], content: bool = True) -> str | None:
-        """What is wrong with `files` (sizes and, with `content`, hashes), or None."""
+        """What is wrong with `files` (sizes and, with `content`, hashes), or None.
+
+        Raises:
+            OSError: a file cannot be read now; that says nothing of its content.
+        """
         for record in files:
             path = self.folder / record.name
             try:
@@ -249,8 +253,8 @@ class CheckpointReader:
                     return f"{path} has {found:,} bytes, not {record.bytes:,}"
                 if content and hash_file(path) != record.hash:
                     return f"{path}: its hash is not the manifest's"
-            except OSError as e:
-                return f"{path}: {e.strerror or e}"
+            except FileNotFoundError:
+                return f"{path} is missing"
         return None
 
     def digest(self) -> str:

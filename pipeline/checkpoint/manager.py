@@ -252,10 +252,29 @@ class CheckpointManager:
         return [folder for _, _, folder in sorted(found, key=lambda f: f[:2])]
 
     def _damage(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint, the same on all ranks, or None.
+
+        Raises:
+            CheckpointError: it cannot be read now. It may be whole, so nobody must go on from an older one.
+        """
+        unreadable = None
+        for pause in (1.0, 5.0, 0.0):
+            try:
+                mine, unreadable = self._my_damage(folder), None
+                break
+            except OSError as e:
+                mine, unreadable = None, str(e)
+                time.sleep(pause)
+        found = self.world.gather((mine, unreadable))
+        reason = next((u for _, u in found if u), None)
+        if reason:
+            raise CheckpointError(f"{folder} cannot be read now ({reason}); mend that and start again")
+        return next((d for d, _ in found if d), None)
+
+    def _my_damage(self, folder: Path) -> str | None:
         try:
             reader = CheckpointReader(folder)
             reader.state()
-            mine = reader.damage(reader.manifest.files[self.world.rank :: self.world.size])
+            return reader.damage(reader.manifest.files[self.world.rank :: self.world.size])
         except CheckpointError as e:
-            mine = str(e)
-        return next((d for d in self.world.gather(mine) if d), None)
+            return str(e)

@@ -36,6 +36,12 @@ def checkpoint_root(config: Config) -> Path:
     return place(c.dir, c.storage_options) if c.dir else Path(config.run.dir) / "checkpoints"
 
 
+def checkpoint_places(config: Config) -> list[Path]:
+    """`checkpoint_root`, and the mirror where there is one."""
+    c = config.checkpoint
+    return [checkpoint_root(config), *([place(c.mirror, c.storage_options)] if c.mirror else [])]
+
+
 def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 

@@ -7,7 +7,6 @@ rank's slots. Nothing here keeps state between steps: the order's few integers a
 from __future__ import annotations
 
 import signal
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -78,7 +77,7 @@ class TrainSamples(Dataset):
                 else:
                     image = self.transform(pixels)
                 return image, label, 1.0, self._keep(epoch, sample_id), sample_id, crc, None
-            except BadSample as e:
+            except (BadSample, ValueError, RuntimeError) as e:  # whatever this one image did to a transform
                 error = str(e)
         size = self.transform.size
         image = torch.zeros(self.channels, size, size, dtype=torch.uint8)
@@ -201,8 +200,3 @@ def masked_slots(share: Share, batches: list[Batch]) -> list[tuple[int, int, str
     reasons = [e for b in batches for e in b.errors]
     rows = torch.nonzero(unused & (ids != PADDING)).flatten().tolist()
     return [(share.first + row, int(ids[row]), why) for row, why in zip(rows, reasons)]
-
-
-def pixel_crc32(batch: Batch) -> int:
-    """crc32 of a batch's augmented pixels: what tests and `--debug` compare."""
-    return zlib.crc32(batch.images.numpy().tobytes())

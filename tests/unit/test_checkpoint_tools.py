@@ -124,3 +124,64 @@ def test_a_new_run_from_another_runs_weights(tmp_path, finished):
 def test_the_manifest_says_who_wrote(finished):
     manifest = json.loads((choose(finished / "checkpoints", "last") / "MANIFEST.json").read_text())
     assert manifest["written_by"] == {"world_size": 1, "strategy": "ddp", "attempt": 0}
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+    """Two runs that were given one place: the second must neither go on from the first nor prune it."""
+    shared = f"checkpoint.dir={tmp_path / 'shared'}"
+    assert train(tmp_path / "a", shared) == 0
+    with pytest.raises(UserError, match="belongs to another run"):
+        train(tmp_path / "b", shared)
+    assert committed_steps(tmp_path / "shared") == [4, 8]
+
+
+def test_a_run_does_not_begin_again_because_its_checkpoints_are_said_to_be_elsewhere(tmp_path):
+    assert train(tmp_path / "run") == 0
+    with pytest.raises(UserError, match="copy them there first"):
+        train(tmp_path / "run", f"checkpoint.dir={tmp_path / 'new'}", "train.duration=9 steps")
+
+
+def test_smoke_leaves_the_place_of_the_real_checkpoints_alone(tmp_path, capsys):
+    from helpers import TINY, as_before
+
+    from pipeline.cli import run_smoke
+    from pipeline.config import load_config
+
+    places = (f"checkpoint.dir={tmp_path / 'there'}", f"checkpoint.mirror={tmp_path / 'mirror'}")
+    with as_before():
+        assert run_smoke(load_config(None, [*TINY, f"run.dir={tmp_path / 'run'}", *places]).config) == 0
+    assert "fit to submit" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_to_save_at_are_kept_where_ranks_agree_rarely(tmp_path, monkeypatch):
+    """On a GPU ranks agree every tenth step only; what is due by the count of steps does not wait for that."""
+    from dataclasses import replace
+
+    from pipeline.build import Schedule
+
+    schedule_of = Schedule.of
+    monkeypatch.setattr(Schedule, "of", staticmethod(lambda *a, **k: replace(schedule_of(*a, **k), agree_every=10)))
+    keep = "checkpoint.keep_last=9"
+    assert train(tmp_path / "steps", "checkpoint.every=3 steps", keep) == 0
+    assert committed_steps(tmp_path / "steps" / "checkpoints") == [3, 6, 8]
+    clock = ("checkpoint.every=15 min", "checkpoint.keep_every=3 steps", "checkpoint.keep_last=1")
+    assert train(tmp_path / "clock", *clock) == 0
+    assert committed_steps(tmp_path / "clock" / "checkpoints") == [3, 6, 8]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    from pipeline.checkpoint import layout, manager
+
+    assert train(tmp_path / "run") == 0
+
+    def unreachable(path):
+        raise TimeoutError(110, "Connection timed out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "hash_file", unreachable)
+        patch.setattr(manager.time, "sleep", lambda seconds: None)
+        with pytest.raises(UserError, match="cannot be read now"):
+            train(tmp_path / "run", "train.duration=9 steps")
+    assert committed_steps(tmp_path / "run" / "checkpoints") == [4, 8]
+    assert train(tmp_path / "run", "train.duration=9 steps") == 0

@@ -87,18 +87,33 @@ def test_sick_steps_in_a_row_are_undone_and_their_samples_passed_over(tmp_path, 
     assert [p for _, p, _ in read_digests(run).values()] == [*positions, 192, 208]
 
 
+def test_a_second_rollback_remembers_what_the_first_one_passed_over(tmp_path, monkeypatch):
+    poison({1 + 6, 1 + 7, 1 + 10, 1 + 11}, monkeypatch)  # steps 6 and 7; after the rollback to 4: steps 7 and 8
+    run = tmp_path / "run"
+    assert train(run, "train.duration=10 steps", "health.max_skipped=2", "checkpoint.every=4 steps") == 0
+    assert [e["step"] for e in read_lines(run / "events.jsonl") if e["event"] == "rollback"] == [4, 4]
+    positions = [position for _, position, _ in read_digests(run).values()]
+    assert positions == [0, 16, 32, 48, 64, 112, 160, 176, 192, 208]
+
+
+def test_a_run_that_is_always_sick_ends_with_a_message(tmp_path, monkeypatch):
+    poison(set(range(1 + 6, 100)), monkeypatch)
+    with pytest.raises(UserError, match="it is not the samples"):
+        train(tmp_path / "run", "train.duration=40 steps", "health.max_skipped=2", "checkpoint.every=4 steps")
+
+
 def test_without_a_checkpoint_the_run_ends_with_a_message(tmp_path, monkeypatch):
     poison({1 + 1, 1 + 2}, monkeypatch)
     with pytest.raises(UserError, match="no checkpoint to go back to"):
         train(tmp_path / "run", "health.max_skipped=2", "checkpoint.every=100 steps")
 
 
-def test_a_loss_spike_counts_only_when_asked_for():
+def test_a_loss_spike_counts_only_when_asked_for(world):
     def sick(factor: float | None) -> list[int]:
         steps = SickSteps(max_in_a_row=5, spike_factor=factor)
         for step, loss in enumerate([2.0, 2.1, 1.9, 30.0, 2.0], start=1):
-            steps.add(step, torch.tensor(loss), torch.tensor(1.0))
-        return [step for step, _ in steps.look()]
+            steps.add(step, torch.tensor(8 * loss), torch.tensor(8.0), torch.tensor(1.0))
+        return [step for step, _ in steps.look(world)]
 
     assert sick(None) == []
     assert sick(3.0) == [4]
