@@ -178,6 +178,7 @@ class Session:
             spec.clip,
             spec.compile,
             spec.activation_checkpointing,
+            shard_size=max(1, world.size // 2),  # hsdp: two copies
         )
         self.engine: TrainEngine = make_engine(
             model, param_groups(model, DECAY), make_loss("softmax_xent"), options, world
@@ -324,7 +325,7 @@ def check_weights(s: Session) -> None:
 def whole_weights(engine: TrainEngine) -> dict[str, Tensor]:
     """The model's whole weights by each library's own gathering."""
     parameters = getattr(engine, "_parameters", None) or dict(getattr(engine, "_raw").named_parameters())  # noqa: B009
-    if engine.options.strategy == "fsdp":
+    if engine.options.strategy in ("fsdp", "hsdp"):
         return {n: p.full_tensor().detach() for n, p in parameters.items()}
     if engine.options.strategy == "zero3":
         import deepspeed

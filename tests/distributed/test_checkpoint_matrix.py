@@ -17,7 +17,7 @@ from pipeline.checkpoint.layout import MANIFEST, CheckpointReader
 from pipeline.checkpoint.manager import committed_steps
 
 SIZES = (1, 2, 3, 4)
-LAYOUTS = [(strategy, size) for strategy in STRATEGIES for size in SIZES]
+LAYOUTS = [(strategy, size) for strategy in STRATEGIES for size in SIZES] + [("hsdp", 2), ("hsdp", 4)]
 
 # (written by, read by): every strategy on both sides, to more ranks, to fewer, and to as many
 PAIRS = [
@@ -37,6 +37,8 @@ PAIRS = [
     (("zero3", 4), ("zero2", 3)),
     (("zero3", 2), ("fsdp", 1)),
     (("zero3", 3), ("zero3", 4)),
+    (("hsdp", 4), ("fsdp", 3)),
+    (("zero3", 2), ("hsdp", 4)),
 ]
 
 

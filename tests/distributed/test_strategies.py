@@ -16,6 +16,7 @@ SIZES = (1, 2, 3, 4)
 STEPS = 6
 # What `verify` must have found, by strategy and by whether there is more than one rank
 RUNNING = {
+    "hsdp": "HSDP, 2 copies",
     "ddp": "DDP",
     "fsdp": "FSDP2",
     "zero1": "DeepSpeed ZeRO-1",
@@ -31,8 +32,7 @@ def reference() -> Trained:
     return plain_training(range(STEPS))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("strategy", "size"), [(s, n) for s in STRATEGIES for n in SIZES] + [("hsdp", 4)])
 def test_agrees_with_plain_torch(ranks, tmp_path: Path, strategy: str, size: int) -> None:
     outcomes = ranks(size).run(cases.train, Spec(strategy), str(tmp_path), STEPS)
 
