@@ -789,6 +789,11 @@ def _cross_problems(config: Config) -> Iterator[str]:
         )
     if data.val == "none" and config.eval.every is not None:
         yield "eval.every is set but data.val is none: give data.val a data set, or write eval.every=null"
+    if train.offload == "optimizer" and train.strategy not in ("fsdp", "hsdp"):
+        yield (
+            f"train.offload=optimizer is there for train.strategy=fsdp and hsdp, not for {train.strategy}; "
+            "write none, or one of these strategies"
+        )
     if train.strategy == "zero3" and train.activation_checkpointing == "selective":
         # Measured: DeepSpeed frees gathered weights that the kept GEMMs' gradients need; losses differ at step 3
         yield (

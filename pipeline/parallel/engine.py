@@ -113,10 +113,11 @@ class TrainEngine(ABC):
 
         Zeros, not garbage: the warm-up must not meet a NaN, on which DeepSpeed would skip the step.
         """
+        device = torch.device("cpu") if self.options.offload == "optimizer" else self.world.device
         if any(p.is_meta for p in self.model.parameters()):
-            self.model.to_empty(device=self.world.device)
+            self.model.to_empty(device=device)
         else:
-            self.model.to(self.world.device)
+            self.model.to(device)
         with torch.no_grad():
             for p in self.model.parameters():
                 p.zero_()

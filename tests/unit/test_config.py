@@ -545,3 +545,16 @@ def test_times_are_not_steps_and_steps_are_not_times():
 def test_a_data_set_smaller_than_a_batch_has_no_epoch():
     with pytest.raises(UserError, match=r"63 samples.*lower train\.global_batch_size \(64\) to 63 or less"):
         Duration.parse("1 epoch").to_steps(64, 63)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["train.strategy=zero2", "train.offload=optimizer"], "train.offload=optimizer is there for"),
+        (["train.strategy=zero3", "train.activation_checkpointing=selective"], "wrong gradients"),
+        (["health.timeout=3 steps"], "is not a time"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, says):
+    with pytest.raises(UserError, match=says):
+        load_config(None, ["data.train=synthetic", "train.duration=3 steps", *settings])
