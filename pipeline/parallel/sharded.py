@@ -32,6 +32,8 @@ class ShardedEngine(TrainEngine):
     def __init__(self, model: Any, groups: Any, loss_fn: Any, options: Any, world: Any):
         super().__init__(model, groups, loss_fn, options, world)
         self.mesh = mesh = self._mesh()
+        if options.offload == "optimizer" and world.device.type == "cpu":
+            raise UserError("train.offload=optimizer needs a GPU: on a CPU everything is in host memory; write none")
         offload = CPUOffloadPolicy() if options.offload == "optimizer" else OffloadPolicy()
         bf16 = options.precision == "bf16"
         # Weights travel in bf16 and are reduced in fp32; autocast decides what is computed in bf16, as for ddp
