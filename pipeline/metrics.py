@@ -7,6 +7,7 @@ purge what lies beyond the resumed step (`purge_step`), so that curves go on wit
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -122,15 +123,16 @@ class Display:
         self._progress = None
         self._total = total
         if not quiet and sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+            wide = shutil.get_terminal_size().columns >= 110  # on a narrow terminal the figures matter more than a bar
             self._progress = Progress(
-                TextColumn("step"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                *([BarColumn(bar_width=None)] if wide else []),
                 TextColumn("{task.fields[note]}"),
                 TextColumn("ETA"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                expand=True,
             )
             self._task = self._progress.add_task("train", total=total, completed=start, note="")
             self._progress.start()
