@@ -502,10 +502,10 @@ class Trainer:
 
     def _note(self, v: dict[str, float]) -> str:
         saved = "none" if self.saved_at < 0 else f"{self.saved_at}"
-        mfu = f"  MFU {v['mfu']:.1%}" if "mfu" in v else ""
+        mfu = f" MFU {v['mfu']:.1%}" if "mfu" in v else ""
         return (
-            f"loss {v['loss']:.4f}  lr {v['lr']:.1e}  {v['img_per_s']:,.0f} img/s{mfu}  "
-            f"data-wait {v['data_wait']:.0%}  saved {saved}"
+            f"loss {v['loss']:.4f} lr {v['lr']:.1e} {v['img_per_s']:,.0f} img/s{mfu} "
+            f"data-wait {v['data_wait']:.0%} saved {saved}"
         )
 
     def _write_status(self, state: str, **values: Any) -> None:
