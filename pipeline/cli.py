@@ -6,10 +6,12 @@ The command line itself is in `launch.cli`; torch is imported here, inside the f
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -55,12 +57,15 @@ def run_training(config: Config, allow: set[str]) -> int:
             raise UserError(problem)
         outcome = Trainer(build(config, world, allow), flag=flag).train()
         return 0 if outcome == "finished" else EXIT_SAVED
-    except UserError:
-        raise
-    except Exception:
-        keep_traceback(RunFolder(config.run.dir), world.rank)
+    except BaseException as e:
+        if isinstance(e, Exception) and not isinstance(e, UserError):
+            keep_traceback(RunFolder(config.run.dir), world.rank)
+        # What the frames hold (engine, DDP's reducer) must go before the process group does: as the last owner of a
+        # gloo group they would run its destructor under the interpreter's lock, which was seen to deadlock
+        traceback.clear_frames(e.__traceback__)
         raise
     finally:
+        gc.collect()
         world.leave()
 
 
@@ -68,7 +73,6 @@ def keep_traceback(run: RunFolder, rank: int) -> None:
     """An unexpected error's traceback goes into the run folder: on a cluster the terminal is long gone."""
     import socket
     import time
-    import traceback
 
     path = run.path / "logs" / f"crash-{time.strftime('%Y%m%dT%H%M%S')}-rank-{rank:05d}.txt"
     try:

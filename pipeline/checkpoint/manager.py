@@ -47,6 +47,8 @@ from pipeline.checkpoint.place import (
 from pipeline.parallel.engine import Piece
 from pipeline.parallel.world import World
 
+READ_PAUSES = (1.0, 5.0, 0.0)  # seconds after each try to read a checkpoint that may be out of reach for a moment
+
 
 @dataclass(frozen=True)
 class Retention:
@@ -258,7 +260,7 @@ class CheckpointManager:
             CheckpointError: it cannot be read now. It may be whole, so nobody must go on from an older one.
         """
         unreadable = None
-        for pause in (1.0, 5.0, 0.0):
+        for pause in READ_PAUSES:
             try:
                 mine, unreadable = self._my_damage(folder), None
                 break

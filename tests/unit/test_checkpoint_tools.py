@@ -180,7 +180,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(layout, "hash_file", unreachable)
-        patch.setattr(manager.time, "sleep", lambda seconds: None)
+        patch.setattr(manager, "READ_PAUSES", (0.0, 0.0))
         with pytest.raises(UserError, match="cannot be read now"):
             train(tmp_path / "run", "train.duration=9 steps")
     assert committed_steps(tmp_path / "run" / "checkpoints") == [4, 8]
