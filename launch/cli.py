@@ -255,7 +255,7 @@ def main() -> None:
             from launch.local import report_outcome
 
             report_outcome(code)
-            if code not in (0, 75) and not debug:  # after an error nothing is left to tidy up, and a clean-up of peers can hang
+            if code not in (0, 75) and not debug:  # nothing is left to tidy up, and cleaning up after peers can hang
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
