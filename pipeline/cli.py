@@ -13,15 +13,19 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.errors import UserError
 from pipeline.checkpoint.place import checkpoint_places, checkpoint_root, committed_steps
 from pipeline.config import Config, diff_configs, load_config, to_yaml
 from pipeline.run import RunFolder, read_lines, replace_file
 from pipeline.stop import StopFlag
+
+if TYPE_CHECKING:
+    from pipeline.parallel.world import World
 
 EXIT_SAVED = 75  # EX_TEMPFAIL, "try again": saved before the end, to be continued
 SMOKE_STEPS = 3
@@ -45,7 +49,7 @@ def run_training(config: Config, allow: set[str]) -> int:
     from pipeline.trainer import Trainer
 
     world = World.join()
-    try:
+    with group_left_last(world):
         problem = None
         if world.is_main:
             try:
@@ -55,13 +59,26 @@ def run_training(config: Config, allow: set[str]) -> int:
         problem = world.broadcast(problem)
         if problem:
             raise UserError(problem)
-        outcome = Trainer(build(config, world, allow), flag=flag).train()
-        return 0 if outcome == "finished" else EXIT_SAVED
-    except BaseException as e:
-        if isinstance(e, Exception) and not isinstance(e, UserError):
+        try:
+            outcome = Trainer(build(config, world, allow), flag=flag).train()
+        except UserError:
+            raise
+        except Exception:
             keep_traceback(RunFolder(config.run.dir), world.rank)
-        # What the frames hold (engine, DDP's reducer) must go before the process group does: as the last owner of a
-        # gloo group they would run its destructor under the interpreter's lock, which was seen to deadlock
+            raise
+        return 0 if outcome == "finished" else EXIT_SAVED
+
+
+@contextlib.contextmanager
+def group_left_last(world: World) -> Iterator[None]:
+    """Leaves the process group at the end, after all that trained in it is gone.
+
+    An engine (DDP's reducer) that outlives the group would be its last owner, and run gloo's destructor under the
+    interpreter's lock: that was seen to deadlock.
+    """
+    try:
+        yield
+    except BaseException as e:
         traceback.clear_frames(e.__traceback__)
         raise
     finally:
@@ -147,18 +164,18 @@ def run_smoke(config: Config) -> int:
             checkpoint=replace(config.checkpoint, dir=None, mirror=None),  # those of the run to be stay untouched
             logging=replace(config.logging, every="1 steps", to=["tensorboard"]),
         )
-        try:
+        with group_left_last(world):
             Trainer(build(config, world)).train(stop_at=SMOKE_STEPS)
             trainer = Trainer(build(config, world))
             trainer.train()
+            metrics = trainer.metrics
+            del trainer
             resumed = [e["step"] for e in read_lines(RunFolder(folder).events) if e["event"] == "resume"]
             if world.is_main and resumed != [SMOKE_STEPS]:
                 raise UserError("smoke test: the run did not resume from its own checkpoint")
             if world.is_main:
-                evaluated = f", evaluated {trainer.metrics['samples']:.0f} samples" if trainer.metrics else ""
+                evaluated = f", evaluated {metrics['samples']:.0f} samples" if metrics else ""
                 print(f"smoke test: {SMOKE_STEPS} steps, saved, resumed, 1 more step{evaluated}: fit to submit")
-        finally:
-            world.leave()
     if made:
         runs.rmdir()
     return 0
