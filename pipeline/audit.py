@@ -39,6 +39,12 @@ def audit(config: Config, run: RunFolder, progress: Callable[[], None] = lambda:
     points = resume_points(run.path)
     if not points:
         raise UserError(f"{run.path} has no start in {run.events.name}: nothing was trained yet")
+    unknown = [p["attempt"] for p in points if "order" not in p]
+    if unknown:
+        raise UserError(
+            f"{run.events}: attempt {unknown[0]} was started by a release that did not record where in the order it "
+            "began, so it cannot be audited"
+        )
     lines, superseded = read_ledger(run.path)
     if not lines:
         raise UserError(f"{run.path / 'ledger'} holds no steps: nothing was trained yet")

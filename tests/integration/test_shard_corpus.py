@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import xxhash
+from corpora import jpeg, make_corpus
 from PIL import Image
 
 from data_tools import draft, engines
@@ -37,19 +38,6 @@ except UserError as e:
     print(e, file=sys.stderr)
     sys.exit(e.exit_code)
 """
-
-
-def jpeg(seed: int, side: int = 24) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (side, side + 8, 3), dtype=np.uint8)
-    return simplejpeg.encode_jpeg(pixels, quality=90)
-
-
-def make_corpus(root: Path, count: int, classes: int = 3, side: int = 24) -> Path:
-    for i in range(count):
-        path = root / f"class{i % classes}" / f"{i:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(i, side))
-    return root
 
 
 def contents(out: Path) -> dict[str, bytes]:

@@ -134,3 +134,13 @@ def test_other_data_is_refused(run, tmp_path):
     other = write_dataset(tmp_path / "other", {"train": shards_of(members(75, first=3), [30, 25, 20])})
     with pytest.raises(UserError, match="other data"):
         audited(run, f"data.train={other}")
+
+
+def test_a_start_of_a_release_that_recorded_less_is_said(run):
+    path = run / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    for event in events:
+        event.pop("order", None)
+    path.write_text("".join(json.dumps(e) + "\n" for e in events))
+    with pytest.raises(UserError, match="cannot be audited"):
+        audited(run)
