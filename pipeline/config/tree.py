@@ -1,0 +1,182 @@
+"""The shape of a configuration: one dataclass a section, and the flat table of its dotted keys."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import MISSING
+
+
+@dataclass
+class RunConfig:
+    """`init_from`: a run or checkpoint folder whose weights a new run begins with."""
+
+    name: str = "mixer"
+    dir: str = "runs/${run.name}"
+    seed: int = 0
+    init_from: str | None = None
+    init_optimizer: bool = False  # moments too: for a cool-down, or to go on with other data
+
+
+@dataclass
+class ModelConfig:
+    """`name` is a variant of `pipeline.model`; what is None below it takes the variant's own value."""
+
+    name: str = "mixer_b16"
+    image_size: int = 224
+    in_chans: int = 3
+    num_classes: int | None = None  # None: as many as the data set has
+    drop_path_rate: float = 0.0
+    patch_size: int | None = None
+    hidden_dim: int | None = None
+    num_blocks: int | None = None
+    tokens_mlp_dim: int | None = None
+    channels_mlp_dim: int | None = None
+
+
+@dataclass
+class DataConfig:
+    train: str = MISSING  # a data set's folder, or `synthetic`
+    val: str | None = None  # None: the val split of `train`; a folder; or `none`
+    num_workers: int = 4
+    max_bad_fraction: float = 1e-4
+    chunk: int = 16
+    window: int = 64
+    lanes: int | None = None  # None: train.global_batch_size
+
+
+@dataclass
+class AugmentConfig:
+    crop: str = "inception"
+    scale: list[float] = field(default_factory=lambda: [0.05, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333])
+    hflip: float = 0.5
+
+
+@dataclass
+class LossConfig:
+    name: str = "softmax_xent"
+    label_smoothing: float = 0.0
+    head_bias: float = 0.0  # where the head's bias starts; -ln(classes) suits sigmoid_xent
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "adamw"
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad_norm: float | None = 1.0  # None: no clipping
+
+
+@dataclass
+class SchedulerConfig:
+    name: str = "linear"
+    warmup: str = "0 steps"
+    end_factor: float = 1e-5  # of optimizer.lr, at the last step
+
+
+@dataclass
+class TrainConfig:
+    duration: str = MISSING
+    global_batch_size: int = 1024
+    micro_batch_size: int | str = "auto"
+    strategy: str = "auto"
+    shard_size: int | None = None  # hsdp: ranks that share one copy of the state; None: those of a node
+    reshard_after_forward: bool = True  # fsdp, hsdp: False keeps gathered weights until the backward pass
+    offload: str = "none"
+    precision: str = "bf16"
+    compile: str = "none"
+    activation_checkpointing: str = "none"
+    ema_decay: float | None = None
+
+
+@dataclass
+class EvalConfig:
+    every: str | None = None  # None: only at the end
+    batch_size: int | None = None  # per device; None: the micro-batch
+    crop_fraction: float = 0.875  # of the resized image's shorter side; 1 keeps all of a square image
+
+
+@dataclass
+class CheckpointConfig:
+    every: str = "15 min"
+    keep_last: int = 3
+    background: bool = True  # write beside training, from a copy in host memory
+    dir: str | None = None  # None: checkpoints/ in the run folder; else a folder or URL (s3://bucket/run)
+    mirror: str | None = None  # every checkpoint is copied here too: a folder or URL
+    storage_options: dict[str, str] = field(default_factory=dict)  # of fsspec, for dir and mirror
+    keep_every: str | None = None
+
+
+@dataclass
+class LoggingConfig:
+    every: str = "50 steps"
+    to: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+
+@dataclass
+class HealthConfig:
+    """What to do when training goes wrong without an error."""
+
+    max_skipped: int = 5  # steps with a non-finite loss or gradient in a row; then back to the last checkpoint
+    timeout: str = "30 min"  # without a step: the stacks are dumped, the processes end and are started again
+    spike_factor: float | None = None  # a loss above this multiple of its running mean counts as such a step too
+
+
+@dataclass
+class LaunchConfig:
+    nproc: int | None = None  # None: one process a device
+    max_restarts: int = 3
+
+
+@dataclass
+class Config:
+    """Everything a run is made from. Instances from `load_config` hold plain values, no interpolations."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """Dotted leaf key -> its type, in the order of the tree."""
+    schema: dict[str, Any] = {}
+    for section, cls in get_type_hints(Config).items():
+        for name, hint in get_type_hints(cls).items():
+            schema[f"{section}.{name}"] = hint
+    return schema
+
+
+@functools.cache
+def sections() -> tuple[str, ...]:
+    return tuple(get_type_hints(Config))
+
+
+def leaf_keys() -> list[str]:
+    """All keys that hold a value, dotted, in the order of the tree."""
+    return list(schema())
+
+
+def get_value(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """`int | None` -> (int, NoneType); a plain type -> itself alone."""
+    return get_args(hint) if get_origin(hint) in (Union, type(int | None)) else (hint,)
