@@ -12,14 +12,15 @@ a lane shuffles. Position p = t*B + j is slot j of the epoch's step t:
     sample = start[pi[k]] + x - C[k],  k the last index with C[k] <= x
 
 where pi = perm(., K, key(seed, epoch, "chunks")) is the epoch's order of chunks and C the exclusive cumulative sum
-of their sizes in that order. Ranks and workers do not appear: rank r of R takes slots [r*B//R, (r+1)*B//R).
+of their sizes in that order; neither is ever written out, see `_locate`. Ranks and workers do not appear: rank r of
+R takes slots [r*B//R, (r+1)*B//R).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -102,6 +103,26 @@ def _perm_feistel(i: np.ndarray, n: int, k: np.ndarray) -> np.ndarray:
             x[todo] = (left << shift) | right
             todo = todo[x[todo] >= n]
     return x.astype(np.int64).reshape(i.shape)
+
+
+def unperm(image: np.ndarray, n: int, k: int) -> np.ndarray:
+    """The inverse of `perm(., n, k)` for one key: the indices whose images these are; int64."""
+    image = np.asarray(image, dtype=np.int64)
+    if n <= SMALL:
+        return np.argsort(_perm_small(np.arange(n), n, np.asarray(k, dtype=np.uint64)[None]))[image]
+    half = ((n - 1).bit_length() + 1) // 2
+    mask, shift = _U64((1 << half) - 1), _U64(half)
+    with np.errstate(over="ignore"):
+        keys = [mix64(_u64(k) + _U64(_GOLDEN * r & _MASK)) for r in range(ROUNDS, 0, -1)]
+        x = image.astype(np.uint64)
+        todo = np.arange(x.size)
+        while todo.size:
+            left, right = x[todo] >> shift, x[todo] & mask
+            for rk in keys:
+                left, right = right ^ (mix64(left ^ rk) & mask), left
+            x[todo] = (left << shift) | right
+            todo = todo[x[todo] >= n]
+    return x.astype(np.int64)
 
 
 def rank_slots(rank: int, world_size: int, global_batch_size: int) -> tuple[int, int]:
@@ -209,7 +230,7 @@ class SampleOrder:
         # First chunk of each shard: a chunk's start and size follow from it, so no table of K rows is kept for them.
         self._shard_chunk = np.concatenate([[0], np.cumsum(-(-sizes // s.chunk))])
         self.num_chunks = int(self._shard_chunk[-1])
-        self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._short: dict[int, _ShortChunks] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -259,24 +280,43 @@ class SampleOrder:
         return self._locate(epoch, x).reshape(p.shape)
 
     def _locate(self, epoch: int, x: np.ndarray) -> np.ndarray:
-        pi, starts = self._epoch_tables(epoch)
-        k = np.searchsorted(starts, x, side="right") - 1
-        return self._chunk_start(pi[k].astype(np.int64)) + x - starts[k].astype(np.int64)
+        """Sample ids at places x of the epoch's line of chunks.
 
-    def _chunk_start(self, chunk: np.ndarray) -> np.ndarray:
+        All chunks have c samples, except for at most one a shard, its last. So only the places of those *short* ones
+        are kept, found by the inverse permutation; between them the line is regular. No table has K rows.
+        """
+        c, short = self.state.chunk, self._short_chunks(epoch)
+        i = np.searchsorted(short.start, x, side="right") - 1  # the last short chunk that begins at or before x
+        past = x - short.end[i]  # negative: inside it
+        inside = past < 0
+        k = short.place[i] + np.where(inside, 0, 1 + past // c)
+        within = np.where(inside, x - short.start[i], past % c)
+        chunk = perm(k, self.num_chunks, key(self.state.seed, epoch, "chunks"))
         shard = np.searchsorted(self._shard_chunk, chunk, side="right") - 1
-        return self._shard_start[shard] + (chunk - self._shard_chunk[shard]) * self.state.chunk
+        return self._shard_start[shard] + (chunk - self._shard_chunk[shard]) * c + within
 
-    def _epoch_tables(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(pi, C) of an epoch; the two latest epochs are kept, because loaders read ahead."""
-        if epoch not in self._tables:
-            while len(self._tables) > 1:
-                del self._tables[min(self._tables)]
-            s, count = self.state, self.num_chunks
-            pi = perm(np.arange(count), count, key(s.seed, epoch, "chunks"))
-            shard = np.searchsorted(self._shard_chunk, pi, side="right") - 1
-            size = np.minimum(self._shard_sizes[shard] - (pi - self._shard_chunk[shard]) * s.chunk, s.chunk)
-            starts = np.zeros(count, dtype=np.int64)
-            np.cumsum(size[:-1], out=starts[1:])
-            self._tables[epoch] = (pi.astype(np.uint32 if count < 2**32 else np.int64), starts)
-        return self._tables[epoch]
+    def _short_chunks(self, epoch: int) -> _ShortChunks:
+        """Of an epoch; the two latest are kept, because loaders read ahead. O(shards)."""
+        if epoch not in self._short:
+            while len(self._short) > 1:
+                del self._short[min(self._short)]
+            s, c = self.state, self.state.chunk
+            shards = np.flatnonzero(self._shard_sizes % c)
+            last = self._shard_chunk[shards + 1] - 1
+            place = unperm(last, self.num_chunks, int(key(s.seed, epoch, "chunks")))
+            by_place = np.argsort(place)
+            # A chunk of no samples in front, so that every x has a short chunk at or before it
+            place = np.concatenate([[-1], place[by_place]])
+            size = np.concatenate([[0], self._shard_sizes[shards][by_place] % c])
+            missing = np.concatenate([[0], np.cumsum(c - size[1:])[:-1]]) if len(size) > 1 else np.zeros(0, np.int64)
+            start = np.concatenate([[0], place[1:] * c - missing])
+            self._short[epoch] = _ShortChunks(place, start, start + size)
+        return self._short[epoch]
+
+
+class _ShortChunks(NamedTuple):
+    """Of one epoch, in its order: places among the K chunks, first samples and ends in the line of samples."""
+
+    place: np.ndarray
+    start: np.ndarray
+    end: np.ndarray

@@ -279,7 +279,7 @@ def test_a_late_position_costs_what_an_early_one_costs(monkeypatch):
     early = worked.copy()
     worked.clear()
     assert fresh.sample_ids(0, 49_900 + slots).tolist() == by_iteration[499]
-    assert worked == early == [100]
+    assert worked == early == [100, 100]  # within the windows, and among the chunks
 
 
 def test_state_survives_json_and_goes_on():
@@ -348,3 +348,25 @@ def test_refusals_say_what_to_do():
     for position in (-1, 100):
         with pytest.raises(ValueError):
             order.sample_ids(0, np.array([position]))
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 5000), st.integers(0, M64))
+def test_unperm_is_the_inverse(n, k):
+    indices = np.arange(n)
+    assert (order_module.unperm(perm(indices, n, k), n, k) == indices).all()
+
+
+@pytest.mark.parametrize("sizes", [[64, 128], [0, 0, 5], [7] * 100, [100, 0, 1, 33] * 40, [64] * 90 + [1]])
+def test_places_are_found_without_a_table_of_chunks(sizes):
+    """Shards of whole chunks only, of less than one, and empty ones; few chunks and many."""
+    order = make(sizes, 1, lanes=1, chunk=32, window=1, seed=3)
+    c = order.state.chunk
+    assert epoch_ids(order, 2) == ref_epoch(sizes, 1, seed=3, epoch=2, lanes=1, chunk=c, window=1)
+
+
+def test_tables_grow_with_shards_not_with_samples():
+    order = make([10_000_000, 9_999_990] * 50, 4096, chunk=64)
+    order.sample_ids(0, np.arange(4096))
+    assert order.num_chunks > 10**7
+    assert sum(a.nbytes for a in order._short_chunks(0)) < 10_000
