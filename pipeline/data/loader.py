@@ -9,14 +9,14 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.data.augment import EvalTransform, TrainTransform, keep_mask
-from pipeline.data.order import OrderState, SampleOrder, key, rank_slots
+from pipeline.data.order import Order, key, rank_slots
 from pipeline.data.source import BadSample, SampleSource
 
 PADDING = -1
@@ -125,7 +125,7 @@ class Share:
 class MicroBatches(Sampler):
     """Endless batch sampler: one list of `Request`s a micro-batch, beginning at `state`."""
 
-    def __init__(self, order: SampleOrder, state: OrderState, share: Share):
+    def __init__(self, order: Order, state: Any, share: Share):
         self.order, self.state, self.share = order, state, share
 
     def __iter__(self) -> Iterator[list[Request]]:
@@ -133,10 +133,11 @@ class MicroBatches(Sampler):
         size = share.micro_batch_size * share.micro_steps
         while True:
             slots = np.arange(share.first, share.last)
-            ids = self.order.sample_ids(state.epoch, state.position + slots).tolist()
-            ids += [PADDING] * (size - len(ids))
+            drawn = self.order.draw(state.epoch, state.position + slots)
+            requests = [Request(e, s) for e, s in zip(drawn.epochs.tolist(), drawn.ids.tolist())]
+            requests += [Request(state.epoch, PADDING)] * (size - len(requests))
             for i in range(0, size, share.micro_batch_size):
-                yield [Request(state.epoch, s) for s in ids[i : i + share.micro_batch_size]]
+                yield requests[i : i + share.micro_batch_size]
             state = self.order.next_state(state)
 
 
@@ -147,7 +148,7 @@ def _start_worker(worker: int) -> None:
 
 
 def train_batches(
-    samples: TrainSamples, order: SampleOrder, share: Share, *, num_workers: int, pin_memory: bool = False
+    samples: TrainSamples, order: Order, share: Share, *, num_workers: int, pin_memory: bool = False
 ) -> Iterator[list[Batch]]:
     """The micro-batches of one step after another, for ever, from `order.state` on."""
     loader = DataLoader(

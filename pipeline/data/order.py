@@ -18,111 +18,16 @@ R takes slots [r*B//R, (r+1)*B//R).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from data_tools.errors import UserError
+from pipeline.data.permutation import key, perm, unperm
 
 ORDER_VERSION = 1
-SMALL = 64  # up to here perm() sorts keyed hashes; a Feistel network is visibly non-uniform on small domains
-ROUNDS = 8
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_U64 = np.uint64
-_MASK = (1 << 64) - 1
-
-
-def mix64(x: np.ndarray) -> np.ndarray:
-    """Bijective 64-bit finaliser (splitmix64's, Steele et al. 2014), element-wise on uint64 arrays."""
-    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
-    return x ^ (x >> _U64(31))
-
-
-def _u64(part: Any) -> np.ndarray:
-    if isinstance(part, str):
-        raw = part.encode()
-        if len(raw) > 8:
-            raise ValueError(f"key domain {part!r} is longer than 8 bytes")
-        part = int.from_bytes(raw, "little")
-    if isinstance(part, int):
-        return np.array(part & _MASK, dtype=np.uint64)
-    return np.asarray(part).astype(np.uint64)
-
-
-def key(*parts: Any) -> np.ndarray:
-    """64-bit hash of a tuple of integers, short strings or integer arrays (which broadcast). uint64."""
-    h = np.array(_GOLDEN, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for i, part in enumerate(parts, start=1):
-            h = mix64((h ^ mix64(_u64(part) + _U64(_GOLDEN * i & _MASK))) + _U64(_GOLDEN))
-    return h
-
-
-def perm(i: Any, n: int, k: Any) -> np.ndarray:
-    """Keyed bijection on [0, n): the image of `i` under key `k`. `i` and `k` broadcast; int64.
-
-    n <= 64 takes the argsort of n keyed hashes; above, a balanced Feistel network of 8 rounds with cycle walking.
-    """
-    i = np.asarray(i, dtype=np.int64)
-    k = np.asarray(k, dtype=np.uint64)
-    if n < 1 or (i.size and (i.min() < 0 or i.max() >= n)):
-        raise ValueError(f"perm: index outside [0, {n})")
-    i, k = np.broadcast_arrays(i, k)
-    return _perm_small(i, n, k) if n <= SMALL else _perm_feistel(i, n, k)
-
-
-def _perm_small(i: np.ndarray, n: int, k: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        hashes = mix64(k[..., None] ^ mix64(np.arange(1, n + 1, dtype=np.uint64) * _U64(_GOLDEN)))
-    # The low six bits carry the index: no ties, and the i-th smallest hash says itself whose it is.
-    hashes = (hashes & _U64(~63 & _MASK)) | np.arange(n, dtype=np.uint64)
-    first = int(i.flat[0]) if i.size else 0
-    if (i == first).all():  # one batch asks every lane for the same place in its window
-        picked = np.partition(hashes, first, axis=-1)[..., first]
-    else:
-        picked = np.take_along_axis(np.sort(hashes, axis=-1), i[..., None], axis=-1)[..., 0]
-    return (picked & _U64(63)).astype(np.int64)
-
-
-def _perm_feistel(i: np.ndarray, n: int, k: np.ndarray) -> np.ndarray:
-    half = ((n - 1).bit_length() + 1) // 2
-    mask, shift = _U64((1 << half) - 1), _U64(half)
-    with np.errstate(over="ignore"):
-        keys = [mix64(k + _U64(_GOLDEN * r & _MASK)) for r in range(1, ROUNDS + 1)]
-        x = i.astype(np.uint64).ravel()
-        keys = [np.ascontiguousarray(rk).ravel() for rk in keys]
-        todo = np.arange(x.size)
-        while todo.size:  # the domain is below 4n: a few passes, each over what still lies outside [0, n)
-            left, right = x[todo] >> shift, x[todo] & mask
-            for rk in keys:
-                left, right = right, left ^ (mix64(right ^ rk[todo]) & mask)
-            x[todo] = (left << shift) | right
-            todo = todo[x[todo] >= n]
-    return x.astype(np.int64).reshape(i.shape)
-
-
-def unperm(image: np.ndarray, n: int, k: int) -> np.ndarray:
-    """The inverse of `perm(., n, k)` for one key: the indices whose images these are; int64."""
-    image = np.asarray(image, dtype=np.int64)
-    if n <= SMALL:
-        return np.argsort(_perm_small(np.arange(n), n, np.asarray(k, dtype=np.uint64)[None]))[image]
-    half = ((n - 1).bit_length() + 1) // 2
-    mask, shift = _U64((1 << half) - 1), _U64(half)
-    with np.errstate(over="ignore"):
-        keys = [mix64(_u64(k) + _U64(_GOLDEN * r & _MASK)) for r in range(ROUNDS, 0, -1)]
-        x = image.astype(np.uint64)
-        todo = np.arange(x.size)
-        while todo.size:
-            left, right = x[todo] >> shift, x[todo] & mask
-            for rk in keys:
-                left, right = right ^ (mix64(left ^ rk) & mask), left
-            x[todo] = (left << shift) | right
-            todo = todo[x[todo] >= n]
-    return x.astype(np.int64)
 
 
 def rank_slots(rank: int, world_size: int, global_batch_size: int) -> tuple[int, int]:
@@ -152,6 +57,51 @@ class OrderState:
         return asdict(self)
 
 
+def changed_data(difference: str) -> UserError:
+    return UserError(
+        f"data.train has changed since the checkpoint ({difference}): its sample order cannot go on. Point data.train "
+        "at the old set, or start anew on this one with `--allow data.train` (a new epoch begins)"
+    )
+
+
+class Drawn(NamedTuple):
+    """Sample ids and the epoch that each is seen in, which keys its augmentation; int64, of one shape."""
+
+    ids: np.ndarray
+    epochs: np.ndarray
+
+
+Select = Callable[[np.ndarray], np.ndarray]  # position among the chosen samples of a set -> sample id
+
+
+class Order(Protocol):
+    """What loader, trainer and audit need: of one set (`SampleOrder`) or of a mixture (`mixture.MixtureOrder`)."""
+
+    state: Any  # with seed, epoch, position, skips and to_dict()
+    global_batch_size: int
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def next_state(self, state: Any) -> Any: ...
+
+    def settle(self, state: Any) -> Any: ...
+
+    def draw(self, epoch: int, positions: np.ndarray) -> Drawn: ...
+
+    def sample_ids(self, epoch: int, positions: np.ndarray) -> np.ndarray: ...
+
+
+def pass_skips(state: Any, length: int) -> int:
+    """Position of `state`, or the end of the skipped ranges that a step of `length` slots there would touch."""
+    end = state.position + length
+    past = [b for epoch, a, b in state.skips if epoch == state.epoch and a < end and state.position < b]
+    return max(past, default=state.position)
+
+
 class SampleOrder:
     """The order of one data set under one seed.
 
@@ -162,6 +112,7 @@ class SampleOrder:
         lanes: V, a divisor of B; None means B.
         chunk: upper bound of c; c = min(chunk, max(1, N // (4*B))), so that small sets still mix.
         window: w, samples.
+        select: for a subset (`subset.Subset`): the sizes count its samples, and this gives their ids in the whole set.
 
     Raises:
         UserError: N < B, or V does not divide B.
@@ -177,15 +128,22 @@ class SampleOrder:
         lanes: int | None = None,
         chunk: int = 16,
         window: int = 64,
+        select: Select | None = None,
     ):
         n, b = int(sum(shard_sizes)), global_batch_size
         chunk = min(chunk, max(1, n // (4 * b)))
         self.state = OrderState(seed, 0, 0, lanes or b, chunk, window, manifest_sha)
-        self._set_up(shard_sizes, b)
+        self._set_up(shard_sizes, b, select)
 
     @classmethod
     def resume(
-        cls, state: dict[str, Any], shard_sizes: Sequence[int], *, manifest_sha: str, global_batch_size: int
+        cls,
+        state: dict[str, Any],
+        shard_sizes: Sequence[int],
+        *,
+        manifest_sha: str,
+        global_batch_size: int,
+        select: Select | None = None,
     ) -> SampleOrder:
         """The order at a stored state. Costs O(1) in the position.
 
@@ -198,18 +156,14 @@ class SampleOrder:
                 f"{ORDER_VERSION}; resume with the release that wrote it"
             )
         if state["manifest_sha"] != manifest_sha:
-            raise UserError(
-                f"data.train has changed since the checkpoint (digest {manifest_sha[:12]}, was "
-                f"{state['manifest_sha'][:12]}): its sample order cannot go on. Point data.train at the old set, or "
-                "start anew on this one with `--allow data.train` (a new epoch begins)"
-            )
+            raise changed_data(f"digest {manifest_sha[:12]}, was {state['manifest_sha'][:12]}")
         order = cls.__new__(cls)
         order.state = OrderState.from_dict(state)
-        order._set_up(shard_sizes, global_batch_size)
+        order._set_up(shard_sizes, global_batch_size, select)
         order.state = order.settle(order.state)  # the batch may have grown beyond the epoch's rest
         return order
 
-    def _set_up(self, shard_sizes: Sequence[int], b: int) -> None:
+    def _set_up(self, shard_sizes: Sequence[int], b: int, select: Select | None) -> None:
         s = self.state
         if s.lanes < 1 or b % s.lanes:
             raise UserError(
@@ -225,6 +179,8 @@ class SampleOrder:
                 f"lower it to at most {n:,}, or shard more data"
             )
         self.lane_length = self.num_samples // s.lanes
+        self.epoch_length = self.lane_length * s.lanes  # positions that have a sample
+        self._select = select
         self._shard_sizes = sizes
         self._shard_start = np.concatenate([[0], np.cumsum(sizes)])
         # First chunk of each shard: a chunk's start and size follow from it, so no table of K rows is kept for them.
@@ -243,30 +199,29 @@ class SampleOrder:
     def settle(self, state: OrderState) -> OrderState:
         """The next state at or after `state` whose step fits into its epoch and touches no skipped range."""
         while True:
-            end = state.position + self.global_batch_size
-            if end > self.num_samples:
+            if state.position + self.global_batch_size > self.num_samples:
                 state = replace(state, epoch=state.epoch + 1, position=0)
                 continue
-            past = [
-                last
-                for epoch, first, last in state.skips
-                if epoch == state.epoch and first < end and state.position < last
-            ]
-            if not past:
+            position = pass_skips(state, self.global_batch_size)
+            if position == state.position:
                 return state
-            state = replace(state, position=max(past))
+            state = replace(state, position=position)
 
     def shard_of(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shard number, row inside the shard) of each sample id."""
         shard = np.searchsorted(self._shard_start, sample_ids, side="right") - 1
         return shard, sample_ids - self._shard_start[shard]
 
+    def draw(self, epoch: int, positions: np.ndarray) -> Drawn:
+        ids = self.sample_ids(epoch, positions)
+        return Drawn(ids, np.full_like(ids, epoch))
+
     def sample_ids(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Sample ids at `positions` of an epoch (int64 array, any shape, each in [0, V*L)). O(len(positions))."""
         s = self.state
         p = np.asarray(positions, dtype=np.int64)
-        if p.size and (p.min() < 0 or p.max() >= s.lanes * self.lane_length):
-            raise ValueError(f"position outside [0, {s.lanes * self.lane_length})")
+        if p.size and (p.min() < 0 or p.max() >= self.epoch_length):
+            raise ValueError(f"position outside [0, {self.epoch_length})")
         flat = p.ravel()
         lane, q = flat % s.lanes, flat // s.lanes
         x = np.empty_like(flat)
@@ -277,7 +232,8 @@ class SampleOrder:
             n = min(s.window, self.lane_length - base)
             within = perm(int(row) - base, n, key(s.seed, epoch, lane[at], u))
             x[at] = lane[at] * self.lane_length + base + within
-        return self._locate(epoch, x).reshape(p.shape)
+        ids = self._locate(epoch, x).reshape(p.shape)
+        return ids if self._select is None else self._select(ids)
 
     def _locate(self, epoch: int, x: np.ndarray) -> np.ndarray:
         """Sample ids at places x of the epoch's line of chunks.

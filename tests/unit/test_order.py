@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from order_reference import M64, ref_epoch, ref_key, ref_perm
 
 from data_tools.errors import UserError
 from pipeline.data import order as order_module
@@ -49,64 +50,6 @@ def test_golden_orders(case):
     for rows in case["samples"]:
         positions = rows["first"] + np.arange(len(rows["ids"]))
         assert order.sample_ids(rows["epoch"], positions).tolist() == rows["ids"]
-
-
-# ------------------------------------------------------- a reference of its own: Python integers, no numpy
-
-M64 = 2**64 - 1
-GOLDEN_RATIO = 0x9E3779B97F4A7C15
-
-
-def ref_mix(x: int) -> int:
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & M64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & M64
-    return x ^ (x >> 31)
-
-
-def ref_key(*parts: int | str) -> int:
-    h = GOLDEN_RATIO
-    for i, part in enumerate(parts, start=1):
-        number = int.from_bytes(part.encode(), "little") if isinstance(part, str) else part
-        h = ref_mix(((h ^ ref_mix((number + GOLDEN_RATIO * i) & M64)) + GOLDEN_RATIO) & M64)
-    return h
-
-
-def ref_perm(i: int, n: int, k: int) -> int:
-    if n <= 64:
-        hashes = [ref_mix(k ^ ref_mix((j + 1) * GOLDEN_RATIO & M64)) // 64 for j in range(n)]
-        return sorted(range(n), key=lambda j: (hashes[j], j))[i]
-    half = -(-(n - 1).bit_length() // 2)
-    while True:
-        left, right = divmod(i, 2**half)
-        for r in range(1, 9):
-            f = ref_mix(right ^ ref_mix((k + GOLDEN_RATIO * r) & M64))
-            left, right = right, left ^ (f % 2**half)
-        i = left * 2**half + right
-        if i < n:
-            return i
-
-
-def ref_epoch(
-    sizes: Sequence[int], batch: int, *, seed: int, epoch: int, lanes: int, chunk: int, window: int
-) -> list[int]:
-    """The design's formula, word for word: all samples of one epoch's steps in order of position."""
-    n_samples = sum(sizes)
-    c = min(chunk, max(1, n_samples // (4 * batch)))
-    chunks: list[list[int]] = []
-    first = 0
-    for size in sizes:
-        chunks += [list(range(first + a, first + min(a + c, size))) for a in range(0, size, c)]
-        first += size
-    chunk_key = ref_key(seed, epoch, "chunks")
-    line = [s for i in range(len(chunks)) for s in chunks[ref_perm(i, len(chunks), chunk_key)]]
-    length = n_samples // lanes
-    ids = []
-    for p in range(n_samples // batch * batch):
-        lane, q = p % lanes, p // lanes
-        u = q // window
-        n = min(window, length - u * window)
-        ids.append(line[lane * length + u * window + ref_perm(q - u * window, n, ref_key(seed, epoch, lane, u))])
-    return ids
 
 
 @st.composite
@@ -231,6 +174,17 @@ def test_concatenated_rank_slots_are_the_global_batch(c, data):
     parts = [order.sample_ids(1, position + np.arange(*rank_slots(r, ranks, c["batch"]))) for r in range(ranks)]
     whole = order.sample_ids(1, position + np.arange(c["batch"]))
     assert np.concatenate(parts).tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("ranks", [48, 56, 63, 120, 504])
+def test_the_ranks_of_a_large_job_draw_the_batch_together(ranks):
+    """B = 4096 over the ranks of whole nodes of 8, also where they do not divide it; the first step and the last."""
+    order = make([10_000, 1, 9_999, 37_123], 4096, seed=11)
+    for epoch, t in [(0, 0), (3, order.steps_per_epoch - 1)]:
+        whole = order.sample_ids(epoch, t * 4096 + np.arange(4096))
+        parts = [order.sample_ids(epoch, t * 4096 + np.arange(*rank_slots(r, ranks, 4096))) for r in range(ranks)]
+        assert np.concatenate(parts).tolist() == whole.tolist()
+        assert max(map(len, parts)) == -(-4096 // ranks)
 
 
 def test_small_sets_get_small_chunks():
