@@ -24,7 +24,7 @@ from pipeline.model import create_model, model_cost
 from pipeline.model.flops import peak_flops
 from pipeline.model.mixer import init_parameter
 from pipeline.optim import param_groups
-from pipeline.parallel.engine import EMA, EngineOptions, TrainEngine, make_engine
+from pipeline.parallel.engine import BUFFER, EMA, WEIGHT, EngineOptions, TrainEngine, make_engine
 from pipeline.parallel.world import World
 from pipeline.run import RunFolder
 
@@ -155,18 +155,18 @@ class Parts:
         damage = next((d for d in self.world.gather(damage) if d), None)
         if damage:
             raise UserError(f"run.init_from: {damage}")
-        self._check_model(reader)
         moments = self.config.run.init_optimizer
+        self._check_model(reader, moments)
         source = reader if moments else WeightsOnly(reader)
         load_pieces(self.engine.pieces(), source)
         self.average.load(source, has=moments and any(kind == EMA for _, kind in reader.manifest.tensors))
         self.engine.finish_load(reader.state()["optimizer_step"] if moments else 0)
         return {}
 
-    def _check_model(self, reader: CheckpointReader) -> None:
+    def _check_model(self, reader: CheckpointReader, moments: bool = True) -> None:
         mine, stored = self.engine.tensors(), reader.manifest.tensors
         for (name, kind), shape in mine.items():
-            if stored.get((name, kind)) != shape:
+            if (moments or kind in (WEIGHT, BUFFER)) and stored.get((name, kind)) != shape:
                 there = list(stored[name, kind]) if (name, kind) in stored else "nothing"
                 raise UserError(
                     f"{reader.folder} is of another model: {kind} of {name} is {list(shape)} here and "
@@ -240,7 +240,7 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
     share = Share.of(world.rank, world.size, batch, None if isinstance(micro, str) else micro)
     overrides = model_overrides(config)
     cost = model_cost(c.model.name, classes, c.model.image_size, **overrides)
-    c.train.strategy = choose_strategy(c.train.strategy, cost.parameters, world)
+    c.train.strategy = choose_strategy(c.train.strategy, cost.parameters, world, c.train.offload)
     model = create_model(c.model.name, classes, c.model.image_size, device="meta", **overrides)
     train_samples = TrainSamples(
         source,
@@ -272,6 +272,8 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         c.train.offload,
         c.train.shard_size or 0,
         c.train.reshard_after_forward,
+        c.optimizer.name,
+        c.optimizer.momentum,
     )
     engine = make_engine(model, param_groups(model, c.optimizer.weight_decay), loss_fn, engine_options, world)
     keep_every = c.checkpoint.keep_every
@@ -348,10 +350,12 @@ def eval_samples(config: Config, source: SampleSource, classes: int) -> TrainSam
     return TrainSamples(source, transform, channels=config.model.in_chans, num_classes=classes)
 
 
-def choose_strategy(asked: str, parameters: int, world: World) -> str:
-    """`auto` is ddp while the training state takes at most half of the device, else fsdp."""
+def choose_strategy(asked: str, parameters: int, world: World, offload: str = "none") -> str:
+    """`auto` is ddp while the training state takes at most half of the device, else fsdp; fsdp to offload it."""
     if asked != "auto":
         return asked
+    if offload != "none":
+        return "fsdp"
     if world.device.type == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory
     else:

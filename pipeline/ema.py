@@ -14,7 +14,10 @@ from pipeline.parallel.engine import EMA, WEIGHT, Piece, TrainEngine
 
 
 class WeightAverage:
-    """ema <- decay * ema + (1 - decay) * weight, after every update. `decay` None: nothing is kept."""
+    """ema <- decay * ema + (1 - decay) * weight after every update; a skipped step leaves it alone.
+
+    `decay` None: nothing is kept.
+    """
 
     def __init__(self, engine: TrainEngine, decay: float | None):
         self._decay = decay
@@ -39,7 +42,8 @@ class WeightAverage:
             average = [p.data for p in self._average if p.data.numel()]
             weights = [p.data for p in self._weights() if p.data.numel()]
             if average:  # a rank may hold nothing: of a small replicated model rank 0 writes, and averages, all
-                torch._foreach_lerp_(average, weights, 1 - self._decay)
+                share = ((1 - self._decay) * self._engine.updated).to(average[0].device)
+                torch._foreach_lerp_(average, weights, [share] * len(average))
 
     def pieces(self) -> Iterator[Piece]:
         return iter(self._average)

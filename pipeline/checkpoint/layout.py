@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data_tools.errors import UserError
 from pipeline.checkpoint.place import MANIFEST, blocks, read_range, size, write_durably
-from pipeline.parallel.engine import ADAM_MOMENTS, BUFFER, EMA, WEIGHT, Piece
+from pipeline.parallel.engine import BUFFER, EMA, WEIGHT, Piece
 
 FORMAT_VERSION = 1
 STATE = "state.json"
@@ -273,7 +273,7 @@ class WeightsOnly:
         self._reader = reader
 
     def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
-        if kind in ADAM_MOMENTS:
+        if kind not in (WEIGHT, BUFFER, EMA):
             return torch.zeros(length)
         return self._reader.read(name, WEIGHT if kind == EMA else kind, offset, length)
 
@@ -289,10 +289,8 @@ class InitialState:
         self._cached: tuple[str, Tensor] | None = None
 
     def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
-        if kind in ADAM_MOMENTS:
+        if kind not in (WEIGHT, BUFFER, EMA):
             return torch.zeros(length)
-        if kind not in (WEIGHT, EMA, BUFFER):
-            raise CheckpointError(f"no initial value for {kind} of {name}")
         if self._cached is None or self._cached[0] != name:
             self._cached = name, self._initial_value(name).reshape(-1)
         return self._cached[1][offset : offset + length]

@@ -35,6 +35,7 @@ _ON_RESUME: dict[str, Kind] = {
     "optimizer.clip_grad_norm": "free",
     "optimizer.betas": "declared",
     "optimizer.eps": "declared",
+    "optimizer.momentum": "declared",
     "optimizer.weight_decay": "declared",
     "scheduler.*": "free",
     "train.duration": "free",

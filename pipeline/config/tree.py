@@ -66,8 +66,9 @@ class LossConfig:
 class OptimizerConfig:
     name: str = "adamw"
     lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of adamw
+    eps: float = 1e-8  # of adamw
+    momentum: float = 0.9  # of sgd, which adds weight_decay to the gradient (adamw decouples it)
     weight_decay: float = 0.1
     clip_grad_norm: float | None = 1.0  # None: no clipping
 
@@ -87,7 +88,7 @@ class TrainConfig:
     strategy: str = "auto"
     shard_size: int | None = None  # hsdp: ranks that share one copy of the state; None: those of a node
     reshard_after_forward: bool = True  # fsdp, hsdp: False keeps gathered weights until the backward pass
-    offload: str = "none"
+    offload: str = "none"  # optimizer: its state in host memory, updated there (fsdp, hsdp: the weights too)
     precision: str = "bf16"
     compile: str = "none"
     activation_checkpointing: str = "none"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import operator
 import time
 from abc import ABC, abstractmethod
@@ -21,15 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from data_tools.errors import UserError
 from pipeline.data.augment import normalize
 from pipeline.data.loader import Batch
+from pipeline.parallel.blocks import prepare_blocks
 from pipeline.parallel.world import World
 
 WEIGHT, BUFFER, EMA = "weight", "buffer", "ema"
-ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+# optimizer -> kinds of its state, one value a trainable element each; they begin as zeros
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 # strategy -> "module:class"; resolved late, so that ddp and fsdp start where DeepSpeed cannot be imported
 STRATEGIES = {
@@ -69,6 +71,8 @@ class EngineOptions:
     offload: str = "none"  # none | optimizer: moments (fsdp: weights too) live in host memory
     shard_size: int = 0  # hsdp: ranks a copy of the state is sharded over
     reshard_after_forward: bool = True
+    optimizer: str = "adamw"  # adamw | sgd
+    momentum: float = 0.9  # of sgd
 
 
 @dataclass
@@ -88,7 +92,7 @@ class TrainEngine(ABC):
 
     Args:
         model: built on the meta device (or any other); its values do not matter, they are loaded afterwards.
-        groups: parameter groups with `names` and `weight_decay`.
+        groups: parameter groups with `names` and `weight_decay`; parameters in none of them are frozen.
         loss_fn: (logits [m, K] fp32, labels [m]) -> losses [m].
     """
 
@@ -102,30 +106,46 @@ class TrainEngine(ABC):
     ):
         self.options, self.world, self.loss_fn = options, world, loss_fn
         self.groups = [(list(g["names"]), float(g["weight_decay"])) for g in groups]
-        self.names = [name for names, _ in self.groups for name in names]
+        self.moments = MOMENTS[options.optimizer]
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.buffer_shapes = {name: tuple(b.shape) for name, b in persistent_buffers(model)}
+        self.names = list(self.shapes)
+        self.trainable = {name for names, _ in self.groups for name in names}
+        widen_scalars(model)
         self.model = model
         self.own_seconds = 0.0  # of the last step's forward passes, on the host's clock
+        self.updated = torch.ones(())  # whether the last step changed anything, 1 or 0, still on the device
+        self._updates = torch.zeros(())
 
-    def _materialize(self) -> dict[str, nn.Parameter]:
-        """Gives the model memory on this rank's device, all zeros, and returns its parameters by name.
+    def _materialize(self, device: torch.device | None = None) -> dict[str, nn.Parameter]:
+        """Gives the model memory on `device` (this rank's), zeroes and returns its parameters by name.
 
-        Zeros, not garbage: the warm-up must not meet a NaN, on which DeepSpeed would skip the step.
+        Zeros, not garbage: the warm-up must not meet a NaN, on which the step would be skipped.
         """
-        device = torch.device("cpu") if self.options.offload == "optimizer" else self.world.device
-        if any(p.is_meta for p in self.model.parameters()):
+        device = device or self.world.device
+        on_meta = [n for n, t in (*self.model.named_parameters(), *self.model.named_buffers()) if t.is_meta]
+        if on_meta:
+            lost = set(dict(self.model.named_buffers())) - set(self.buffer_shapes)
+            if lost:  # nobody would compute them again
+                raise ValueError(f"build this model on the CPU: no checkpoint holds its buffers {sorted(lost)[:3]}")
             self.model.to_empty(device=device)
         else:
             self.model.to(device)
         with torch.no_grad():
             for p in self.model.parameters():
                 p.zero_()
+            for b in self.model.buffers() if on_meta else ():
+                b.zero_()
         return dict(self.model.named_parameters())
 
-    def _adamw(self, parameters: dict[str, Any]) -> torch.optim.AdamW:
-        groups = [{"params": [parameters[n] for n in names], "weight_decay": decay} for names, decay in self.groups]
-        return torch.optim.AdamW(groups, lr=0.0, betas=self.options.betas, eps=self.options.eps, fused=True)
+    def _grouped(self, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"params": [parameters[n] for n in names], "weight_decay": decay} for names, decay in self.groups]
+
+    def _make_optimizer(self, parameters: dict[str, Any]) -> torch.optim.Optimizer:
+        groups, o = self._grouped(parameters), self.options
+        if o.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=0.0, momentum=o.momentum, fused=True)
+        return torch.optim.AdamW(groups, lr=0.0, betas=o.betas, eps=o.eps, fused=True)
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -146,7 +166,11 @@ class TrainEngine(ABC):
         losses = self.loss_fn(logits.float(), labels) * weights
         # Every backend averages gradients over ranks; the loss is sum(weight * loss) / B, B the fixed global batch,
         # so that padding, accumulation and the number of ranks do not change the function that is optimised.
-        self._backward(losses.sum() * (self.world.size / self.options.global_batch_size), last)
+        scale = self.world.size / self.options.global_batch_size
+        # A loss that is not finite makes the gradient such, whatever the loss function's own derivative says there:
+        # so the reduction of gradients tells all ranks, and they skip the step together.
+        total = losses.sum()
+        self._backward(total * torch.where(torch.isfinite(total.detach()), scale, math.nan), last)
         with torch.no_grad():
             correct = ((logits.argmax(-1) == labels) * weights).sum()
         return StepStats(losses.detach().sum(), weights.sum(), correct)
@@ -192,10 +216,14 @@ class TrainEngine(ABC):
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.clip_grad_norm or float("inf"))
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # What a gradient scaler would say: fused AdamW then leaves everything alone, and nobody waits for the device
-        optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
+        self._count(torch.isfinite(norm).float())
+        optimizer.grad_scale, optimizer.found_inf = None, 1 - self.updated
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _count(self, updated: Tensor) -> None:
+        self.updated, self._updates = updated, self._updates.to(updated.device) + updated
 
     @abstractmethod
     def _inner_optimizer(self) -> Any:
@@ -204,19 +232,27 @@ class TrainEngine(ABC):
     @property
     def optimizer_step(self) -> int:
         """Updates so far, which Adam's bias correction counts; skipped steps are not among them."""
-        states = self._inner_optimizer().state.values()
-        return int(next((s["step"] for s in states if "step" in s), 0))
+        return int(self._updates)
 
     def _set_optimizer_step(self, step: int) -> None:
+        self._updates = torch.full((), float(step))
         for state in self._inner_optimizer().state.values():
-            state["step"].fill_(float(step))
+            if isinstance(state.get("step"), Tensor):
+                state["step"].fill_(float(step))
+            elif "step" in state:  # DeepSpeed's CPU Adam
+                state["step"] = step
 
     # -- state ------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[tuple[str, str], tuple[int, ...]]:
         """Every (name, kind) of the whole training state and its full shape, whoever holds it."""
-        full = {(n, k): self.shapes[n] for k in (WEIGHT, *ADAM_MOMENTS) for n in self.names}
+        full = {(n, WEIGHT): s for n, s in self.shapes.items()}
+        full |= {(n, k): s for k in self.moments for n, s in self.shapes.items() if n in self.trainable}
         return full | {(n, BUFFER): s for n, s in self.buffer_shapes.items()}
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """What there is of a parameter: its weight, and moments unless it is frozen."""
+        return (WEIGHT, *self.moments) if name in self.trainable else (WEIGHT,)
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
@@ -250,6 +286,17 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((n, b) for n, b in model.named_buffers() if n in saved)
 
 
+def widen_scalars(model: nn.Module) -> None:
+    """Gives 0-d parameters the shape (1,), in place: neither FSDP2 nor DeepSpeed takes them, and they broadcast alike.
+
+    Checkpoints keep their own shape, ().
+    """
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.ndim == 0:
+                setattr(module, name, nn.Parameter(p.detach().reshape(1), p.requires_grad))
+
+
 def split_evenly(piece: Piece, part: int, parts: int) -> Piece:
     """Part `part` of `parts` of a piece, by elements."""
     n = piece.data.numel()
@@ -270,7 +317,7 @@ def make_engine(
     world: World,
 ) -> TrainEngine:
     """The engine of `options.strategy`. Raises UserError where its library cannot be imported."""
-    prepare_blocks(model, options)
+    prepare_blocks(model, options.activation_checkpointing, options.compile)
     module, _, name = STRATEGIES[options.strategy].partition(":")
     try:
         engine_class = getattr(importlib.import_module(module), name)
@@ -280,39 +327,3 @@ def make_engine(
             "choose train.strategy=fsdp or ddp, which need no DeepSpeed"
         ) from e
     return engine_class(model, groups, loss_fn, options, world)
-
-
-def prepare_blocks(model: nn.Module, options: EngineOptions) -> None:
-    """Activation checkpointing and compilation by block, inside whatever sharding comes around them."""
-    blocks = getattr(model, "blocks", [])
-    for block in blocks:
-        if options.activation_checkpointing != "none":
-            checkpoint_forward(block, selective=options.activation_checkpointing == "selective")
-        if options.compile == "block":
-            block.compile()
-    if options.compile == "model":
-        model.compile()
-
-
-def checkpoint_forward(block: nn.Module, selective: bool) -> None:
-    """Recomputes the block's activations in the backward pass. Replacing `forward` keeps parameter names.
-
-    selective: what GEMMs produced is kept, only the cheap rest (norms, GELU, sums) is computed again.
-    """
-    forward = block.forward
-    contexts: dict[str, Any] = (
-        {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_gemms)} if selective else {}
-    )
-
-    def recomputed(*args: Any) -> Any:
-        # A Mixer draws nothing at random inside (keep-masks are inputs); the default keeps dropout models right
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **contexts)
-
-    block.forward = recomputed
-
-
-_GEMMS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
-
-
-def _keep_gemms(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _GEMMS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.parallel.engine import ADAM_MOMENTS, BUFFER, WEIGHT, Piece, TrainEngine, persistent_buffers, split_evenly
+from pipeline.parallel.engine import BUFFER, WEIGHT, Piece, TrainEngine, persistent_buffers, split_evenly
 
 MIN_BYTES_A_WRITER = 64 << 20
 
@@ -21,7 +22,7 @@ class ReplicatedEngine(TrainEngine):
         super().__init__(model, groups, loss_fn, options, world)
         self._raw = model
         self._accelerator = Accelerator(cpu=world.device.type == "cpu")
-        self._optimizer = self._adamw(self._materialize())
+        self._optimizer = self._make_optimizer(self._materialize())
         # The optimizer stays unwrapped: Accelerate's wrapper would skip steps by its own account of accumulation
         self.model = self._accelerator.prepare_model(model)
 
@@ -43,9 +44,8 @@ class ReplicatedEngine(TrainEngine):
         parameters = dict(self._raw.named_parameters())
         for name in self.names:
             p = parameters[name]
-            yield Piece(name, WEIGHT, 0, p.data.view(-1))
-            for kind in ADAM_MOMENTS:
-                yield Piece(name, kind, 0, self._optimizer.state[p][kind].view(-1))
+            for kind in self.kinds(name):
+                yield Piece(name, kind, 0, (p.data if kind == WEIGHT else self._optimizer.state[p][kind]).view(-1))
         for name, buffer in persistent_buffers(self._raw):
             yield Piece(name, BUFFER, 0, buffer.view(-1))
 
@@ -68,7 +68,7 @@ class ReplicatedEngine(TrainEngine):
             raise RuntimeError(
                 f"strategy ddp over {self.world.size} ranks, but the model is a {type(self.model).__name__}"
             )
-        whole = {n: tuple(p.shape) for n, p in self._raw.named_parameters()}
-        if whole != self.shapes:
+        whole = {n: p.numel() for n, p in self._raw.named_parameters()}
+        if whole != {n: prod(s) for n, s in self.shapes.items()}:
             raise RuntimeError("strategy ddp, but parameters are not whole on this rank")
         return "DDP (DistributedDataParallel)" if wrapped else "DDP of one rank (plain module)"

@@ -18,7 +18,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from data_tools.errors import UserError
 from pipeline.parallel.engine import (
-    ADAM_MOMENTS,
     BUFFER,
     WEIGHT,
     Piece,
@@ -32,9 +31,8 @@ class ShardedEngine(TrainEngine):
     def __init__(self, model: Any, groups: Any, loss_fn: Any, options: Any, world: Any):
         super().__init__(model, groups, loss_fn, options, world)
         self.mesh = mesh = self._mesh()
-        if options.offload == "optimizer" and world.device.type == "cpu":
-            raise UserError("train.offload=optimizer needs a GPU: on a CPU everything is in host memory; write none")
-        offload = CPUOffloadPolicy() if options.offload == "optimizer" else OffloadPolicy()
+        offloaded, on_gpu = options.offload == "optimizer", world.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=on_gpu) if offloaded else OffloadPolicy()
         bf16 = options.precision == "bf16"
         # Weights travel in bf16 and are reduced in fp32; autocast decides what is computed in bf16, as for ddp
         policy = MixedPrecisionPolicy(
@@ -55,9 +53,8 @@ class ShardedEngine(TrainEngine):
             offload_policy=offload,
             reshard_after_forward=options.reshard_after_forward,
         )
-        parameters = self._materialize()
-        self._parameters: dict[str, Any] = {name: parameters[name] for name in self.names}  # DTensors
-        self._optimizer = self._adamw(parameters)
+        self._parameters: dict[str, Any] = self._materialize(torch.device("cpu") if offloaded else None)  # DTensors
+        self._optimizer = self._make_optimizer(self._parameters)
 
     def _mesh(self) -> DeviceMesh:
         """One dimension of all ranks for fsdp; (copies, ranks a copy is sharded over) for hsdp."""
@@ -82,18 +79,21 @@ class ShardedEngine(TrainEngine):
     def _update(self, lr: float) -> Tensor:
         return self._torch_update(self.model.parameters(), lr)
 
+    def _make_optimizer(self, parameters: dict[str, Any]) -> torch.optim.Optimizer:
+        if self.options.optimizer == "sgd":
+            return LocalSGD(self._grouped(parameters), lr=0.0, momentum=self.options.momentum, fused=True)
+        return super()._make_optimizer(parameters)
+
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer
 
     @torch.no_grad()
     def pieces(self) -> Iterator[Piece]:
         for name, p in self._parameters.items():
-            shape = self.shapes[name]
-            _, offsets = compute_local_shape_and_global_offset(shape, p.device_mesh, p.placements)
-            at = row_offset(shape, offsets[0])
-            yield Piece(name, WEIGHT, at, p.to_local().view(-1))
-            for kind in ADAM_MOMENTS:
-                yield Piece(name, kind, at, self._optimizer.state[p][kind].to_local().view(-1))
+            _, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+            at = row_offset(tuple(p.shape), offsets[0])
+            for kind in self.kinds(name):
+                yield Piece(name, kind, at, local(p if kind == WEIGHT else self._optimizer.state[p][kind]).view(-1))
         for name, buffer in persistent_buffers(self.model):
             yield Piece(name, BUFFER, 0, buffer.view(-1))
 
@@ -116,3 +116,34 @@ class ShardedEngine(TrainEngine):
             raise RuntimeError(f"strategy {self.options.strategy}, but the state exists {copies} times")
         name = "FSDP2" if copies == 1 else f"HSDP, {copies} copies"
         return f"{name} ({units} units, {local:,} of {total:,} parameters on rank {self.world.rank})"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class LocalSGD(torch.optim.SGD):
+    """torch's fused SGD on this rank's shards: its kernel, which can skip a step on the device, takes no DTensor."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            held = [p for p in group["params"] if p.grad is not None and local(p).numel()]
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(local(p))
+            if held:
+                torch._fused_sgd_(
+                    [local(p) for p in held],
+                    [local(p.grad) for p in held],
+                    [self.state[p]["momentum_buffer"] for p in held],
+                    weight_decay=group["weight_decay"],
+                    momentum=group["momentum"],
+                    lr=group["lr"],
+                    dampening=0.0,
+                    nesterov=False,
+                    maximize=False,
+                    is_first_step=False,
+                    found_inf=self.found_inf,  # type: ignore[attr-defined]
+                )

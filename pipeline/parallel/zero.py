@@ -6,6 +6,7 @@ state is read through DeepSpeed's private fragment mapping, which is why its ver
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.parallel.engine import ADAM_MOMENTS, BUFFER, WEIGHT, Piece, TrainEngine, persistent_buffers
+from data_tools.errors import UserError
+from pipeline.parallel.engine import BUFFER, WEIGHT, Piece, TrainEngine, persistent_buffers, split_evenly
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found none
@@ -33,7 +35,7 @@ class ZeroEngine(TrainEngine):
         super().__init__(model, groups, loss_fn, options, world)
         self.stage = int(options.strategy[-1])
         self._parameters = self._materialize()
-        optimizer = self._adamw(self._parameters)
+        optimizer = self._make_optimizer(self._parameters)
         deepspeed.init_distributed(
             dist_backend="nccl" if world.device.type == "cuda" else "gloo", dist_init_required=False
         )
@@ -43,8 +45,26 @@ class ZeroEngine(TrainEngine):
         self._zero: Any = self._engine.optimizer
         self._names_by_id = {id(p): n for n, p in self._parameters.items()}
 
+    def _make_optimizer(self, parameters: dict[str, Any]) -> torch.optim.Optimizer:
+        o = self.options
+        if o.offload != "optimizer" or o.optimizer != "adamw":
+            return super()._make_optimizer(parameters)
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        try:
+            return DeepSpeedCPUAdam(
+                self._grouped(parameters), lr=0.0, betas=o.betas, eps=o.eps, fp32_optimizer_states=True
+            )
+        except Exception as e:  # whatever a compiler can end in
+            raise UserError(
+                f"train.offload=optimizer under {o.strategy} compiles DeepSpeed's CPU Adam, which failed "
+                f"({str(e).strip().splitlines()[-1]}): install g++ and ninja, or choose train.strategy=fsdp"
+            ) from e
+
     def _config(self) -> dict[str, Any]:
         o = self.options
+        on_gpu = self.world.device.type == "cuda"
+        offload = {"offload_optimizer": {"device": "cpu", "pin_memory": on_gpu}} if o.offload == "optimizer" else {}
         return {
             "train_micro_batch_size_per_gpu": o.micro_batch_size,
             "gradient_accumulation_steps": o.micro_steps,
@@ -53,8 +73,9 @@ class ZeroEngine(TrainEngine):
             "zero_optimization": {
                 "stage": self.stage,
                 "contiguous_gradients": True,
-                "overlap_comm": self.world.device.type == "cuda",
+                "overlap_comm": on_gpu,
                 "round_robin_gradients": False,
+                **offload,
             },
             "communication_data_type": "fp32",
             "zero_allow_untested_optimizer": True,
@@ -79,7 +100,9 @@ class ZeroEngine(TrainEngine):
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        return torch.as_tensor(float(self._engine.get_global_grad_norm()))
+        skipped = bool(self._zero.overflow)  # agreed over ranks
+        self._count(torch.tensor(float(not skipped)))
+        return torch.tensor(math.nan if skipped else float(self._engine.get_global_grad_norm()))
 
     def pieces(self) -> Iterator[Piece]:
         for group, flat in enumerate(self._zero.single_partition_of_fp32_groups):
@@ -90,16 +113,26 @@ class ZeroEngine(TrainEngine):
                     continue
                 name, at = self._names_by_id[id(p)], mapping.lp_fragment_address.start
                 here = mapping.get_hp_fragment_address()
-                yield Piece(name, WEIGHT, at, flat.data.narrow(0, here.start, here.numel))
-                for kind in ADAM_MOMENTS:
-                    yield Piece(name, kind, at, moments[kind].narrow(0, here.start, here.numel))
+                for kind in self.kinds(name):
+                    held = flat.data if kind == WEIGHT else moments[kind]
+                    yield Piece(name, kind, at, held.narrow(0, here.start, here.numel))
+        for name in self.names:
+            if name not in self.trainable:
+                yield Piece(name, WEIGHT, 0, self._parameters[name].data.view(-1))
         yield from self._buffers()
 
     def _buffers(self) -> Iterator[Piece]:
         return (Piece(n, BUFFER, 0, b.view(-1)) for n, b in persistent_buffers(self._engine.module))
 
     def owned(self) -> Iterator[Piece]:
-        return (p for p in self.pieces() if p.kind != BUFFER or self.world.is_main)
+        for piece in self.pieces():
+            if piece.kind == BUFFER:  # statistics differ between ranks: rank 0's are the run's
+                if self.world.is_main:
+                    yield piece
+            elif self.stage < 3 and piece.name not in self.trainable:  # whole on every rank
+                yield split_evenly(piece, self.world.rank, self.world.size)
+            else:
+                yield piece
 
     def finish_load(self, optimizer_step: int) -> None:
         self._set_optimizer_step(optimizer_step)
@@ -115,7 +148,7 @@ class ZeroEngine(TrainEngine):
             )
         if self._zero.partition_gradients != (self.stage == 2):
             raise RuntimeError(f"strategy zero{self.stage}, but partition_gradients={self._zero.partition_gradients}")
-        total = sum(p.numel() for p in self._parameters.values())
+        total = sum(p.numel() for n, p in self._parameters.items() if n in self.trainable)
         local = sum(f.numel() for f in self._zero.single_partition_of_fp32_groups)
         if self.world.size > 1 and local > 0.75 * total + 4096:
             raise RuntimeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.parallel.engine import ADAM_MOMENTS, WEIGHT, Piece
+from pipeline.parallel.engine import WEIGHT, Piece
 from pipeline.parallel.zero import ZeroEngine
 
 
@@ -20,9 +20,12 @@ class Zero3Engine(ZeroEngine):
             share = p.ds_tensor.ds_numel  # type: ignore[attr-defined]
             at = self._zero._get_param_partition_rank(p) * share
             valid = max(0, min(share, p.ds_numel - at))  # type: ignore[attr-defined]
-            for kind in (WEIGHT, *ADAM_MOMENTS):
-                state = None if kind == WEIGHT else kind
-                flat, _ = self._zero._get_fp32_opt_state_partition(p, False, optim_state_key=state)
+            for kind in self.kinds(name):
+                if name in self.trainable:
+                    state = None if kind == WEIGHT else kind
+                    flat, _ = self._zero._get_fp32_opt_state_partition(p, False, optim_state_key=state)
+                else:  # no optimizer has a master of it
+                    flat = p.ds_tensor  # type: ignore[attr-defined]
                 yield Piece(name, kind, min(at, p.ds_numel), flat.data.narrow(0, 0, valid))  # type: ignore[attr-defined]
         yield from self._buffers()
 

@@ -2,7 +2,7 @@
 
 The problem is odd on purpose: no size is divisible by anything, some parameters have fewer elements than there are
 ranks, 13 slots fall unevenly on the ranks and are padded to micro-batches of 3, weights form two groups (with and
-without decay), and stochastic-depth masks enter the model.
+without decay), some are frozen, one is 0-d, BatchNorm keeps statistics, and stochastic-depth masks enter the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.losses import make_loss
 from pipeline.model import create_model
 from pipeline.model.mixer import MlpMixer, init_parameter
 from pipeline.optim import param_groups
-from pipeline.parallel.engine import ADAM_MOMENTS, EMA, WEIGHT, EngineOptions, Piece, TrainEngine, make_engine
+from pipeline.parallel.engine import BUFFER, EMA, MOMENTS, WEIGHT, EngineOptions, Piece, TrainEngine, make_engine
 from pipeline.parallel.world import World
 
 with suppress(ImportError):  # only to have it imported once, in the server that the ranks are forked from
@@ -37,6 +37,7 @@ STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 BATCH, IMAGE, CLASSES, BLOCKS = 13, 15, 10, 2
 SHAPE = {"patch_size": 5, "hidden_dim": 26, "num_blocks": BLOCKS, "tokens_mlp_dim": 3, "channels_mlp_dim": 17}
 LR, WARMUP, TOTAL_STEPS, DECAY, CLIP = 3e-3, 2, 12, 0.1, 1.0
+FROZEN = ("blocks.0.mlp_channels.fc2.weight", "blocks.1.norm1.bias")
 EMA_DECAY = 0.9
 SEED = 5
 Key = tuple[str, str]
@@ -52,13 +53,33 @@ class Spec:
     clip: float = CLIP
     activation_checkpointing: str = "none"
     compile: str = "none"
+    optimizer: str = "adamw"
+    offload: str = "none"
 
 
 # ------------------------------------------------------------------------------------------------ the problem
 
 
-def build_model(device: str = "meta") -> MlpMixer:
-    return create_model("mixer_s16", CLASSES, IMAGE, device=device, drop_path_rate=0.2, **SHAPE)
+class OddMixer(MlpMixer):
+    """A Mixer with a 0-d gain, and BatchNorm that watches the logits: its statistics move, the loss does not."""
+
+    gain: nn.Parameter
+    watch: nn.BatchNorm1d
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        logits = super().forward(images, keep)
+        self.watch(logits.detach().float())
+        return logits * self.gain
+
+
+def build_model(device: str = "meta") -> OddMixer:
+    model: Any = create_model("mixer_s16", CLASSES, IMAGE, device=device, drop_path_rate=0.2, **SHAPE)
+    model.__class__ = OddMixer
+    model.gain = nn.Parameter(torch.ones((), device=device))
+    model.watch = nn.BatchNorm1d(CLASSES, affine=False, device=device)
+    for name in FROZEN:
+        model.get_parameter(name).requires_grad_(False)
+    return model
 
 
 def learning_rate(step: int) -> float:
@@ -78,12 +99,19 @@ def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def initial_value(name: str, shape: tuple[int, ...]) -> Tensor:
     """As the product's, but a head that is not zero: then gradients reach every parameter from step 1 on."""
+    if name == "gain":
+        return torch.full((), 1.25)
+    if name in BUFFERS:
+        return BUFFERS[name]
     if name == "head.weight":
         return torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.2
     return init_parameter(name, shape, SEED)
 
 
-def canonical_state() -> dict[Key, Tensor]:
+BUFFERS = {n: b.clone() for n, b in nn.BatchNorm1d(CLASSES, affine=False).named_buffers(prefix="watch")}
+
+
+def canonical_state(optimizer: str = "adamw") -> dict[Key, Tensor]:
     """Made-up values for everything that a checkpoint holds, every element another one, all of plausible size."""
     shapes = {n: tuple(p.shape) for n, p in build_model().named_parameters()}
     g = torch.Generator().manual_seed(11)
@@ -91,9 +119,15 @@ def canonical_state() -> dict[Key, Tensor]:
     for name, shape in shapes.items():
         weight = initial_value(name, shape)
         state[name, WEIGHT] = weight + 0.01 * torch.randn(shape, generator=g)
-        state[name, "exp_avg"] = 1e-3 * torch.randn(shape, generator=g)
-        state[name, "exp_avg_sq"] = 1e-6 * (0.5 + torch.rand(shape, generator=g))
         state[name, EMA] = weight + 0.01 * torch.randn(shape, generator=g)
+        for kind in MOMENTS[optimizer] if name not in FROZEN else ():
+            square = kind == "exp_avg_sq"
+            state[name, kind] = (
+                1e-6 * (0.5 + torch.rand(shape, generator=g)) if square else (1e-3 * torch.randn(shape, generator=g))
+            )
+    for name, start in BUFFERS.items():
+        count = start.dtype == torch.int64
+        state[name, BUFFER] = torch.tensor(2**40 + 3) if count else start + torch.rand(start.shape, generator=g)
     return state
 
 
@@ -119,41 +153,43 @@ class Trained:
     tensors: dict[Key, Tensor]
 
 
-def plain_training(steps: range, state: dict[Key, Tensor] | None = None, clip: float = CLIP) -> Trained:
-    """The same training in plain torch: one process, no accumulation, no padding, torch's own AdamW."""
+def plain_training(
+    steps: range, state: dict[Key, Tensor] | None = None, clip: float = CLIP, optimizer: str = "adamw"
+) -> Trained:
+    """The same training in plain torch: one process, no accumulation, no padding, torch's own optimizer."""
     model = build_model("cpu")
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(state[name, WEIGHT] if state else initial_value(name, tuple(p.shape)))
-    decayed = [p for n, p in parameters.items() if p.ndim >= 2 and n.endswith("weight")]
-    plain = [p for n, p in parameters.items() if not (p.ndim >= 2 and n.endswith("weight"))]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}],
-        lr=0.0,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        foreach=False,
-    )
+    trained = {n: p for n, p in parameters.items() if n not in FROZEN}
+    decayed = [p for n, p in trained.items() if p.ndim >= 2 and n.endswith("weight")]
+    plain = [p for n, p in trained.items() if not (p.ndim >= 2 and n.endswith("weight"))]
+    groups = [{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}]
+    torch_optimizer: torch.optim.Optimizer
+    if optimizer == "sgd":
+        torch_optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, foreach=False)
+    else:
+        torch_optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, foreach=False)
     if state:
-        for name, p in parameters.items():
-            optimizer.state[p] = {
+        for name, p in trained.items():
+            torch_optimizer.state[p] = {
                 "step": torch.tensor(float(steps.start)),
-                **{k: state[name, k].clone() for k in ADAM_MOMENTS},
+                **{k: state[name, k].clone() for k in MOMENTS[optimizer]},
             }
     losses, norms = [], []
     for step in steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+        for group in torch_optimizer.param_groups:
+            group["lr"] = learning_rate(step) * (10 if optimizer == "sgd" else 1)
         images, labels, keep = global_batch(step)
         loss = nn.functional.cross_entropy(model(images.float() / 127.5 - 1, keep), labels)
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), clip or math.inf)))
-        optimizer.step()
-        optimizer.zero_grad()
+        torch_optimizer.step()
+        torch_optimizer.zero_grad()
         losses.append(loss.item())
     tensors = {(n, WEIGHT): p.detach().clone() for n, p in parameters.items()}
-    tensors |= {(n, k): optimizer.state[p][k] for n, p in parameters.items() for k in ADAM_MOMENTS}
+    tensors |= {(n, k): torch_optimizer.state[p][k] for n, p in trained.items() for k in MOMENTS[optimizer]}
     return Trained(losses, norms, tensors)
 
 
@@ -164,7 +200,7 @@ class Session:
     """One engine on this rank with its share of every batch, as `pipeline.build` and the trainer wire it."""
 
     def __init__(self, world: World, spec: Spec):
-        self.world = world
+        self.world, self.spec = world, spec
         self.share = Share.of(world.rank, world.size, BATCH, spec.micro_batch_size)
         model = build_model()
         options = EngineOptions(
@@ -178,7 +214,9 @@ class Session:
             spec.clip,
             spec.compile,
             spec.activation_checkpointing,
-            shard_size=max(1, world.size // 2),  # hsdp: two copies
+            spec.offload,
+            max(1, world.size // 2),  # hsdp: two copies
+            optimizer=spec.optimizer,
         )
         self.engine: TrainEngine = make_engine(
             model, param_groups(model, DECAY), make_loss("softmax_xent"), options, world
@@ -200,14 +238,15 @@ class Session:
     def load(self, source: StateSource | None, optimizer_step: int = 0) -> None:
         """None: a fresh start."""
         if source is None:
-            source = InitialState(lambda n: initial_value(n, self.engine.shapes[n]))
+            source = InitialState(lambda n: initial_value(n, self.engine.shapes.get(n, ())))
         load_pieces(self.engine.pieces(), source)
         self.average.load(source, has=True)
         self.engine.finish_load(optimizer_step)
 
     def step(self, step: int) -> tuple[float, float]:
         """(loss, gradient norm) of optimizer step number `step`."""
-        stats, norm = self.engine.train_step(self.batches(step), learning_rate(step))
+        lr = learning_rate(step) * (10 if self.spec.optimizer == "sgd" else 1)
+        stats, norm = self.engine.train_step(self.batches(step), lr)
         self.average.update()
         return self.world.sum([stats.loss.item()])[0] / BATCH, float(norm)
 
@@ -301,7 +340,7 @@ def interrupted(world: World, spec: Spec, root: str, at: int, steps: int) -> tup
 def save_canonical(world: World, spec: Spec, root: str) -> str:
     """Puts the made-up state into the engine and saves it. Returns the folder."""
     with session(world, spec) as s:
-        s.load(DictState(canonical_state()), 7)
+        s.load(DictState(canonical_state(spec.optimizer)), 7)
         check_weights(s)
         return s.save(root, 7)
 
@@ -314,11 +353,51 @@ def copy_checkpoint(world: World, spec: Spec, source: str, root: str) -> str:
         return s.save(root, 7)
 
 
+def sick_step(world: World, spec: Spec, root: str, fault: str) -> tuple[str, str, tuple[int, int, int]]:
+    """Two good steps, one that is sick on the last rank, one good. Folders around the sick one; updates counted."""
+    with session(world, spec) as s:
+        s.load(None)
+        for t in range(2):
+            s.step(t)
+        before = s.save(f"{root}/before", 2)
+        first, good = s.engine.optimizer_step, s.engine.loss_fn
+        if world.rank == world.size - 1:
+            # As a loss: not finite, though its derivative is; as a gradient: the other way round
+            spoil = {"loss": lambda x: x + math.inf, "gradient": _NanGradient.apply}[fault]
+            s.engine.loss_fn = lambda logits, labels: spoil(good(logits, labels))
+        s.step(2)
+        s.engine.loss_fn = good
+        second = s.engine.optimizer_step
+        after = s.save(f"{root}/after", 3)
+        s.step(3)
+        return before, after, (first, second, s.engine.optimizer_step)
+
+
+class _NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * math.nan
+
+
+def count_collectives(world: World, spec: Spec, micro_steps: int) -> dict[str, int]:
+    """Collectives of one step of `micro_steps` micro-batches, by kind, as the profiler saw them."""
+    with session(world, spec) as s:
+        s.load(None)
+        batches = s.batches(0)[:1] * micro_steps
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            s.engine.train_step(batches, 0.0)
+        return {e.key: e.count for e in profile.key_averages() if e.key.startswith(("gloo:", "c10d::"))}
+
+
 def check_weights(s: Session) -> None:
     """The weights that the model computes with are the canonical ones, asked of the library, not of the pieces."""
-    wanted = canonical_state()
+    wanted = canonical_state(s.spec.optimizer)
     for name, whole in whole_weights(s.engine).items():
-        if not torch.equal(whole.cpu(), wanted[name, WEIGHT]):
+        if not torch.equal(whole.cpu().view(wanted[name, WEIGHT].shape), wanted[name, WEIGHT]):
             raise AssertionError(f"{name}: the model's own value is not what was loaded")
 
 
@@ -381,7 +460,7 @@ def evaluate_split(world: World, samples: int, batch_size: int, spec: Spec | Non
             return evaluate(s.engine.predict, batches, loss_fn, world).to_dict()
     model = build_model("cpu").eval()
     state = canonical_state()
-    model.load_state_dict({n: state[n, WEIGHT] for n, _ in model.named_parameters()})
+    model.load_state_dict({n: t for (n, kind), t in state.items() if kind in (WEIGHT, BUFFER)})
 
     @torch.no_grad()
     def predict(batch: Batch) -> Tensor:

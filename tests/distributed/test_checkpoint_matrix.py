@@ -7,11 +7,12 @@ of fewer elements than there are ranks (so that some ranks hold nothing of them)
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import engine_cases as cases
 import numpy as np
 import pytest
-from engine_cases import ADAM_MOMENTS, EMA, STRATEGIES, WEIGHT, Spec, canonical_state, plain_training, read_whole
+from engine_cases import BUFFER, EMA, MOMENTS, STRATEGIES, WEIGHT, Spec, canonical_state, plain_training, read_whole
 
 from pipeline.checkpoint.layout import MANIFEST, CheckpointReader
 from pipeline.checkpoint.manager import committed_steps
@@ -42,8 +43,8 @@ PAIRS = [
 ]
 
 
-def assert_canonical(folder: str) -> None:
-    saved, wanted = read_whole(folder), canonical_state()
+def assert_canonical(folder: str, optimizer: str = "adamw") -> None:
+    saved, wanted = read_whole(folder), canonical_state(optimizer)
     assert saved.keys() == wanted.keys()
     for key, tensor in wanted.items():
         np.testing.assert_array_equal(saved[key], tensor.reshape(-1).numpy(), err_msg=str(key), strict=True)
@@ -56,7 +57,7 @@ def canonical_checkpoint(ranks, tmp_path_factory: pytest.TempPathFactory) -> str
 
 def test_the_problem_is_an_odd_one() -> None:
     state = canonical_state()
-    assert {kind for _, kind in state} == {WEIGHT, *ADAM_MOMENTS, EMA}
+    assert {kind for _, kind in state} == {WEIGHT, *MOMENTS["adamw"], EMA, BUFFER}
     sizes = [t.numel() for (_, kind), t in state.items() if kind == WEIGHT]
     assert min(sizes) < max(SIZES), "some rank must hold nothing of some parameter"
     assert any(n % 2 and n % 3 for n in sizes)
@@ -76,6 +77,30 @@ def test_loads_and_saves_again(ranks, tmp_path: Path, canonical_checkpoint: str,
     assert_canonical(ranks(size).run(cases.copy_checkpoint, Spec(strategy), canonical_checkpoint, str(tmp_path))[0])
 
 
+def variants() -> list[Any]:
+    """(optimizer, offload, strategy, ranks): all of them; those that compile DeepSpeed's CPU Adam first are slow."""
+    found = []
+    for optimizer, offload in [("sgd", "none"), ("adamw", "optimizer"), ("sgd", "optimizer")]:
+        for strategy, size in LAYOUTS:
+            if strategy == "ddp" and offload != "none":
+                continue  # refused: nothing to offload
+            quick = (size == 3 and optimizer == "sgd" and offload == "none") or (strategy, size) == ("hsdp", 2)
+            marks = [] if quick else [pytest.mark.slow]
+            found.append(pytest.param(optimizer, offload, strategy, size, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("optimizer", "offload", "strategy", "size"), variants())
+def test_other_optimizers_and_offload(
+    ranks, tmp_path: Path, optimizer: str, offload: str, strategy: str, size: int
+) -> None:
+    """SGD's momentum, and moments that live in host memory, take the same way there and back."""
+    spec = Spec(strategy, optimizer=optimizer, offload=offload)
+    folder = ranks(size).run(cases.save_canonical, spec, str(tmp_path / "a"), timeout=300)[0]
+    assert_canonical(folder, optimizer)
+    assert_canonical(ranks(size).run(cases.copy_checkpoint, spec, folder, str(tmp_path / "b"))[0], optimizer)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bf16_loses_no_bit_of_the_state(ranks, tmp_path: Path, canonical_checkpoint: str, strategy: str) -> None:
     """bf16 is for computing; weights, moments and averages stay fp32 and pass through unchanged."""
@@ -93,13 +118,57 @@ def test_training_goes_on_under_another_layout(
     np.testing.assert_allclose(outcome.losses, plain_training(range(6)).losses[3:], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("writer", "reader", "offload"),
+    [
+        (("ddp", 2), ("zero3", 3), "none"),
+        (("zero2", 3), ("fsdp", 2), "none"),
+        (("fsdp", 3), ("zero1", 4), "none"),
+        (("zero1", 2), ("hsdp", 4), "none"),
+        (("hsdp", 2), ("ddp", 3), "none"),
+        (("zero3", 3), ("zero2", 2), "none"),
+        (("ddp", 3), ("fsdp", 2), "optimizer"),
+    ],
+    ids=str,
+)
+def test_sgd_goes_on_under_another_layout(
+    ranks, tmp_path: Path, writer: tuple[str, int], reader: tuple[str, int], offload: str
+) -> None:
+    spec = Spec(writer[0], optimizer="sgd")
+    folder = ranks(writer[1]).run(cases.train, spec, str(tmp_path), 3)[0].folder
+    spec = Spec(reader[0], optimizer="sgd", offload=offload)
+    outcome = ranks(reader[1]).run(cases.go_on, spec, folder, None, range(3, 6))[0]
+    np.testing.assert_allclose(outcome.losses, plain_training(range(6), optimizer="sgd").losses[3:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [
+        (("fsdp", 2), ("fsdp", 3)),
+        pytest.param(("fsdp", 3), ("zero1", 2), marks=pytest.mark.slow),
+        pytest.param(("zero1", 2), ("zero2", 3), marks=pytest.mark.slow),
+        pytest.param(("zero2", 3), ("zero3", 2), marks=pytest.mark.slow),
+        pytest.param(("zero3", 2), ("hsdp", 4), marks=pytest.mark.slow),
+    ],
+    ids=lambda layout: f"{layout[0]}-{layout[1]}",
+)
+def test_offloaded_moments_go_on_under_another_layout(
+    ranks, tmp_path: Path, writer: tuple[str, int], reader: tuple[str, int]
+) -> None:
+    spec = Spec(writer[0], offload="optimizer")
+    folder = ranks(writer[1]).run(cases.train, spec, str(tmp_path), 3, timeout=300)[0].folder
+    spec = Spec(reader[0], offload="optimizer")
+    outcome = ranks(reader[1]).run(cases.go_on, spec, folder, None, range(3, 6), timeout=300)[0]
+    np.testing.assert_allclose(outcome.losses, plain_training(range(6)).losses[3:], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_moments_and_step_number_are_used(ranks, canonical_checkpoint: str, strategy: str) -> None:
     """From made-up moments: had they been left out, or Adam's count, the next losses would be others."""
     outcome = ranks(3).run(cases.go_on, Spec(strategy), canonical_checkpoint, None, range(7, 10))[0]
     state = canonical_state()
     np.testing.assert_allclose(outcome.losses, plain_training(range(7, 10), state).losses, rtol=0, atol=1e-6)
-    forgetful = {**state, **{key: t * 0 for key, t in state.items() if key[1] in ADAM_MOMENTS}}
+    forgetful = {**state, **{key: t * 0 for key, t in state.items() if key[1] in MOMENTS["adamw"]}}
     assert abs(plain_training(range(7, 10), forgetful).losses[-1] - outcome.losses[-1]) > 1e-4
 
 

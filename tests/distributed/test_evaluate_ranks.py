@@ -5,7 +5,7 @@ from __future__ import annotations
 import engine_cases as cases
 import pytest
 import torch
-from engine_cases import CLASSES, IMAGE, STRATEGIES, WEIGHT, Spec, build_model, canonical_state
+from engine_cases import BUFFER, CLASSES, IMAGE, STRATEGIES, WEIGHT, Spec, build_model, canonical_state
 
 from pipeline.data.source import SyntheticSource
 
@@ -17,7 +17,7 @@ def counted() -> dict[str, float]:
     """top1, top5 and loss by sorting, sample by sample."""
     source = SyntheticSource("val", image_size=IMAGE, num_classes=CLASSES, samples=SAMPLES)
     model = build_model("cpu").eval()
-    model.load_state_dict({n: t for (n, kind), t in canonical_state().items() if kind == WEIGHT})
+    model.load_state_dict({n: t for (n, kind), t in canonical_state().items() if kind in (WEIGHT, BUFFER)})
     top1 = top5 = loss = 0.0
     for i in range(SAMPLES):
         pixels, label, _ = source.read(i, 3)

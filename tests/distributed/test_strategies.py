@@ -54,6 +54,52 @@ def test_agrees_with_plain_torch(ranks, tmp_path: Path, strategy: str, size: int
         )
 
 
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "hsdp"])
+def test_sgd_agrees_with_plain_torch(ranks, tmp_path: Path, strategy: str) -> None:
+    plain = plain_training(range(STEPS), optimizer="sgd")
+    size = 4 if strategy == "hsdp" else 3
+    outcome = ranks(size).run(cases.train, Spec(strategy, optimizer="sgd"), str(tmp_path), STEPS)[0]
+    np.testing.assert_allclose(outcome.losses, plain.losses, rtol=0, atol=FP32_TOLERANCE)
+    saved = read_whole(outcome.folder)
+    for (name, kind), tensor in plain.tensors.items():
+        np.testing.assert_allclose(
+            saved[name, kind], tensor.reshape(-1).numpy(), rtol=1e-3, atol=2e-6, err_msg=f"{kind} of {name}"
+        )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_frozen_weights_stay_and_statistics_move(ranks, tmp_path: Path, strategy: str) -> None:
+    saved = read_whole(ranks(2).run(cases.train, Spec(strategy), str(tmp_path), 2)[0].folder)
+    for name in cases.FROZEN:
+        wanted = cases.initial_value(name, tuple(cases.build_model().get_parameter(name).shape))
+        np.testing.assert_array_equal(saved[name, "weight"], wanted.reshape(-1).numpy())
+        assert (name, "exp_avg") not in saved
+    assert saved["watch.num_batches_tracked", "buffer"] == 2 * 3  # 7 slots in micro-batches of 3, twice
+    assert (saved["watch.running_mean", "buffer"] != 0).all()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("fault", ["gradient", "loss"])
+def test_a_sick_step_on_one_rank_is_skipped_on_all(ranks, tmp_path: Path, strategy: str, fault: str) -> None:
+    """Weights, moments, averages and the count of updates stay; also where only the loss is not finite."""
+    outcomes = ranks(3).run(cases.sick_step, Spec(strategy), str(tmp_path), fault)
+    assert [counts for _, _, counts in outcomes] == [(2, 2, 3)] * 3
+    before, after = (read_whole(folder) for folder in outcomes[0][:2])
+    for (name, kind), tensor in before.items():
+        if kind != "buffer":  # statistics move in the forward pass, before anybody knows
+            np.testing.assert_array_equal(after[name, kind], tensor, err_msg=f"{kind} of {name}")
+
+
+@pytest.mark.parametrize(("strategy", "size"), [("ddp", 3), ("fsdp", 3), ("hsdp", 4), ("zero1", 3)])
+def test_accumulation_reduces_gradients_once(ranks, strategy: str, size: int) -> None:
+    """One micro-batch or four: as many reductions. (zero2 and zero3 hold gradients sharded and must reduce each.)"""
+    once = ranks(size).run(cases.count_collectives, Spec(strategy), 1)[0]
+    often = ranks(size).run(cases.count_collectives, Spec(strategy), 4)[0]
+    reductions = [kind for kind in {*once, *often} if "reduce" in kind]
+    assert reductions, once
+    assert {k: once.get(k) for k in reductions} == {k: often.get(k) for k in reductions}
+
+
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bf16_stays_close(ranks, strategy: str, size: int) -> None:

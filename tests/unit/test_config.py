@@ -550,7 +550,7 @@ def test_a_data_set_smaller_than_a_batch_has_no_epoch():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["train.strategy=zero2", "train.offload=optimizer"], "train.offload=optimizer is there for"),
+        (["train.strategy=ddp", "train.offload=optimizer"], "train.offload=optimizer is there for"),
         (["train.strategy=zero3", "train.activation_checkpointing=selective"], "wrong gradients"),
         (["health.timeout=3 steps"], "is not a time"),
     ],
