@@ -16,7 +16,7 @@ import numpy as np
 from data_tools.errors import UserError
 from pipeline.config import Config
 from pipeline.data.order import OrderState, SampleOrder, key
-from pipeline.data.source import SampleSource, open_source
+from pipeline.data.source import Access, SampleSource, open_source
 from pipeline.run import RunFolder, read_ledger, resume_points
 
 
@@ -49,7 +49,11 @@ def audit(config: Config, run: RunFolder, progress: Callable[[], None] = lambda:
     if not lines:
         raise UserError(f"{run.path / 'ledger'} holds no steps: nothing was trained yet")
     source = open_source(
-        config.data.train, "train", image_size=config.model.image_size, num_classes=config.model.num_classes
+        config.data.train,
+        "train",
+        image_size=config.model.image_size,
+        num_classes=config.model.num_classes,
+        access=Access.of(config),
     )
     last = max(lines)
     starts = sum(p["step"] < last for p in points)

@@ -16,7 +16,8 @@ from pipeline.config import Config
 from pipeline.data.augment import EvalTransform, TrainTransform
 from pipeline.data.loader import PADDING, Batch, Share, TrainSamples
 from pipeline.data.order import SampleOrder
-from pipeline.data.source import EVAL_SPLITS, SampleSource, open_source
+from pipeline.data.source import EVAL_SPLITS, Access, SampleSource, TarSource, open_source
+from pipeline.data.store import is_url
 from pipeline.duration import Duration
 from pipeline.ema import WeightAverage
 from pipeline.losses import Loss, make_loss
@@ -218,9 +219,14 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
     c = config
     run = RunFolder(c.run.dir, checkpoint_root(c))
     mirror = place(c.checkpoint.mirror, c.checkpoint.storage_options) if c.checkpoint.mirror else None
-    source = open_source(c.data.train, "train", image_size=c.model.image_size, num_classes=c.model.num_classes)
+    # One process looks at all shards: of the run where they lie in a store, of each node where disks may be its own
+    check = world.is_main if is_url(c.data.train) else world.local_rank == 0
+    access = Access.of(config, check)
+    source = open_source(
+        c.data.train, "train", image_size=c.model.image_size, num_classes=c.model.num_classes, access=access
+    )
     classes = num_classes(config, source)
-    val_source = open_val(config, source)
+    val_source = open_val(config, source, check)
     batch = c.train.global_batch_size
     if world.size > batch:
         raise UserError(
@@ -333,7 +339,7 @@ def num_classes(config: Config, source: SampleSource) -> int:
     return asked
 
 
-def open_val(config: Config, train: SampleSource) -> SampleSource | None:
+def open_val(config: Config, train: SampleSource, check: bool = True) -> SampleSource | None:
     """The evaluation split: data.val, else that of data.train, else none. It is called val, validation or test."""
     path = config.data.val
     if path == "none":
@@ -342,7 +348,16 @@ def open_val(config: Config, train: SampleSource) -> SampleSource | None:
         if not set(EVAL_SPLITS) & set(train.splits):
             return None
         path = config.data.train
-    return open_source(path, *EVAL_SPLITS, image_size=config.model.image_size, num_classes=config.model.num_classes)
+    source = open_source(
+        path,
+        *EVAL_SPLITS,
+        image_size=config.model.image_size,
+        num_classes=config.model.num_classes,
+        access=Access.of(config, check),
+    )
+    if isinstance(source, TarSource):
+        source.sequential = True
+    return source
 
 
 def eval_samples(config: Config, source: SampleSource, classes: int) -> TrainSamples:

@@ -193,6 +193,7 @@ def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
     from pipeline.checkpoint.manager import choose
     from pipeline.data.augment import normalize
     from pipeline.data.loader import Batch, eval_batches
+    from pipeline.data.source import Access
     from pipeline.evaluate import evaluate
     from pipeline.losses import make_loss
     from pipeline.model import create_model
@@ -206,7 +207,11 @@ def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
     if damage:
         raise UserError(f"{damage}; evaluate another checkpoint (`--checkpoint step-N`)")
     train = open_source(
-        config.data.train, "train", image_size=config.model.image_size, num_classes=config.model.num_classes
+        config.data.train,
+        "train",
+        image_size=config.model.image_size,
+        num_classes=config.model.num_classes,
+        access=Access.of(config),
     )
     source = open_val(config, train)
     if source is None:

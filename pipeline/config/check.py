@@ -13,6 +13,8 @@ from pipeline.config.tree import Config, alternatives, get_value, schema
 from pipeline.duration import Duration
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "data.corrupt_shards": ("fail", "mask"),
+    "data.read": ("auto", "pread", "chunk"),
     "augment.crop": ("inception", "resize"),
     "loss.name": ("softmax_xent", "sigmoid_xent"),
     "optimizer.name": ("adamw", "sgd"),
@@ -134,8 +136,10 @@ _DURATIONS = (
     "checkpoint.keep_every",
     "logging.every",
     "health.timeout",
+    "data.read_timeout",
 )
-_TIMES = ("checkpoint.every", "health.timeout")  # may be, and must be, a time; nothing else may depend on a clock
+# May be, and must be, a time; nothing else may depend on a clock
+_TIMES = ("checkpoint.every", "health.timeout", "data.read_timeout")
 
 
 def _duration_problems(config: Config) -> Iterator[str]:
@@ -151,7 +155,7 @@ def _duration_problems(config: Config) -> Iterator[str]:
             continue
         if duration.is_time and key not in _TIMES:
             yield f"{key}: '{text}' is a time (only checkpoint.every may be); write steps, epochs or samples"
-        elif not duration.is_time and key == "health.timeout":
+        elif not duration.is_time and key in ("health.timeout", "data.read_timeout"):
             yield f"{key}: '{text}' is not a time; write for example '30 min'"
         elif duration.value == 0 and key != "scheduler.warmup":
             off = "; write null for never" if type(None) in alternatives(schema()[key]) else ""

@@ -42,6 +42,10 @@ class DataConfig:
     val: str | None = None  # None: the val split of `train`; a folder; or `none`
     num_workers: int = 4
     max_bad_fraction: float = 1e-4
+    corrupt_shards: str = "fail"  # a shard that is missing or not the indexed one; mask: its samples get weight 0
+    read: str = "auto"  # pread: local files, sample by sample; chunk: network file systems and URLs, through the cache
+    read_timeout: str = "5 min"  # how long a store may be out of reach before the run saves and ends
+    storage_options: dict[str, Any] = field(default_factory=dict)  # of fsspec, for URLs: endpoint_url, profile, ...
     chunk: int = 16
     window: int = 64
     lanes: int | None = None  # None: train.global_batch_size

@@ -1,27 +1,42 @@
 """Where samples come from: `read(sample_id)` gives pixels and a label, whatever stores them.
 
-`TarSource` reads a local, indexed WebDataset by `pread`; `SyntheticSource` makes images up. A new kind of store is
-one more class with these five members.
+`TarSource` reads an indexed WebDataset from wherever `pipeline.data.store` reads; `pipeline.data.synthetic` makes
+images up. A new kind of source is one more class with these members. Imports no torch: the prefetcher needs none.
 """
 
 from __future__ import annotations
 
-import os
+import io
 import zlib
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
 
 from data_tools.errors import UserError
-from data_tools.manifest import DatasetManifest, ShardInfo, index_name, load_index
-from pipeline.data.augment import philox
+from data_tools.manifest import MANIFEST_NAME, DatasetManifest, ShardInfo, load_index
+from pipeline.data.cache import CacheReader, chunk_name
 from pipeline.data.decode import decode_image
-from pipeline.data.order import key
+from pipeline.data.store import READ_SECONDS, DamagedShard, StoreUnreachable, is_url, open_folder
+from pipeline.duration import Duration
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 EVAL_SPLITS = ("val", "validation", "test")  # the first that a data set has
+_INDEX_BYTES = 64 << 20  # of index rows kept in memory by one process, where they cannot be mapped
+_READ_AHEAD = 64  # samples that one request fetches where they are read one after the other
+
+
+class Encoded(NamedTuple):
+    """The stored bytes of an image, their class index, and their crc32 (verified)."""
+
+    data: bytes
+    label: int
+    crc32: int
 
 
 class RawSample(NamedTuple):
@@ -44,7 +59,7 @@ class SampleSource(Protocol):
     classes: list[str] | None
 
     def read(self, sample_id: int, channels: int) -> RawSample:
-        """Raises BadSample."""
+        """Raises BadSample; StoreUnreachable or DamagedShard where it is not this one sample's fault."""
         ...
 
     def crc32(self, sample_ids: np.ndarray) -> np.ndarray:
@@ -52,23 +67,53 @@ class SampleSource(Protocol):
         ...
 
 
-def open_source(path: str, *splits: str, image_size: int, num_classes: int | None) -> SampleSource:
+@dataclass(frozen=True)
+class Access:
+    """How files are read: the `data.*` settings of the same names."""
+
+    read: str = "auto"
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    read_timeout: float = READ_SECONDS
+    corrupt_shards: str = "fail"
+    check: bool = True  # look at every shard's size when the set is opened
+
+    @staticmethod
+    def of(config: Config, check: bool = True) -> Access:
+        d = config.data
+        timeout = Duration.parse(d.read_timeout).seconds()
+        return Access(d.read, dict(d.storage_options), timeout, d.corrupt_shards, check)
+
+
+def open_source(
+    path: str, *splits: str, image_size: int, num_classes: int | None, access: Access | None = None
+) -> SampleSource:
     """The first of `splits` that the data set at `path` has; `synthetic` needs no data. Raises UserError."""
     if path == "synthetic":
+        from pipeline.data.synthetic import SyntheticSource
+
         return SyntheticSource(splits[0], image_size=image_size, num_classes=num_classes or 10)
-    return TarSource(path, *splits)
+    return TarSource(path, *splits, access=access)
 
 
 class TarSource:
-    """Indexed tars in a local folder, one positioned read a sample: descriptors may be shared with forked workers.
+    """Indexed tars in a local folder or an object store, one positioned read a sample.
+
+    `sequential` says that samples will be read in the order of their ids: from a remote store many come at once.
 
     Raises:
         UserError: no such data set or split; a shard that is missing or whose size is not the manifest's.
     """
 
-    def __init__(self, folder: str | Path, *splits: str, max_open: int = 128):
-        self.folder = Path(folder)
-        manifest = DatasetManifest.load(self.folder)
+    def __init__(self, folder: str | Path, *splits: str, access: Access | None = None, max_open: int = 128):
+        self.access = access or Access()
+        self.files = open_folder(
+            folder,
+            self.access.storage_options,
+            read=self.access.read,
+            timeout=self.access.read_timeout,
+            max_open=max_open,
+        )
+        manifest = self._load_manifest()
         # A folder that holds one split only is taken, whatever its name
         split = next((s for s in splits if s in manifest.splits), None)
         if split is None and len(manifest.splits) == 1:
@@ -83,104 +128,170 @@ class TarSource:
         self.shard_sizes = [s.samples for s in self.shards]
         self.digest = manifest.split_digest(split)
         self.classes = manifest.classes
+        self.sequential = False
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._max_open = max_open
-        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        self._rows: OrderedDict[int, np.ndarray] = OrderedDict()
         self._verified: set[int] = set()
-        self._check_shards()
+        self._ahead: tuple[int, int, bytes] = (0, 0, b"")  # shard, first offset, bytes: of the last sequential read
+        self._cache: CacheReader | None = None
+        self._chunk = 1
+        if self.access.check and self.access.corrupt_shards == "fail":
+            self._check_shards()
 
-    def _check_shards(self) -> None:
-        for shard in self.shards:
-            path = self.folder / shard.name
-            try:
-                size = path.stat().st_size
-            except OSError as e:
-                raise UserError(f"{path}: {e.strerror}; the manifest lists it. Restore it, or shard again") from e
-            if size != shard.bytes:
-                raise UserError(
-                    f"{path} has {size:,} bytes, the manifest says {shard.bytes:,}: it was replaced or cut short. "
-                    f"See `mixer data verify {self.folder}`"
-                )
+    @property
+    def remote(self) -> bool:
+        return self.files.remote
+
+    def use_cache(self, cache: CacheReader, chunk: int) -> None:
+        """From now on whole chunks of `chunk` samples are looked for in a node's cache first."""
+        self._cache, self._chunk = cache, chunk
+
+    def place_of(self, sample_id: int) -> tuple[int, int]:
+        """(shard, row) of a sample."""
+        shard = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
+        return shard, sample_id - int(self._starts[shard])
+
+    def encoded(self, sample_id: int) -> Encoded:
+        """The stored bytes, verified against the index. Raises as `read` does."""
+        shard, row = self.place_of(sample_id)
+        if self._cache is not None:
+            name = chunk_name(self.digest, self._chunk, shard, row // self._chunk)
+            found = self._cache.sample(name, row % self._chunk)
+            if found is not None:
+                data, label, crc = found
+                if zlib.crc32(data) == crc:
+                    return Encoded(data, label, crc)
+        try:
+            return self._direct(shard, row)
+        except DamagedShard as e:
+            if self.access.corrupt_shards == "mask":
+                raise BadSample(str(e)) from e
+            raise
 
     def read(self, sample_id: int, channels: int) -> RawSample:
-        shard = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        row_number = sample_id - int(self._starts[shard])
-        fd, rows = self._shard(shard)
-        row = rows[row_number]
-        where = f"{self.shards[shard].name} row {row_number}"
-        try:
-            data = os.pread(fd, int(row["size"]), int(row["offset"]))
-        except OSError as e:
-            raise BadSample(f"{where}: {e.strerror}") from e
-        crc = zlib.crc32(data)
-        if crc != int(row["crc32"]):
-            raise BadSample(f"{where}: crc32 is not the index' ({len(data):,} of {int(row['size']):,} bytes read)")
+        data, label, crc = self.encoded(sample_id)
         try:
             pixels = decode_image(data, channels)
         except Exception as e:
-            raise BadSample(f"{where}: {e}") from e
-        return RawSample(pixels, int(row["label"]), crc)
+            raise BadSample(f"{self._where(*self.place_of(sample_id))}: {e}") from e
+        return RawSample(pixels, label, crc)
 
     def crc32(self, sample_ids: np.ndarray) -> np.ndarray:
         shards = np.searchsorted(self._starts, sample_ids, side="right") - 1
         crcs = np.empty(len(sample_ids), dtype=np.int64)
         for shard in np.unique(shards):
             here = shards == shard
-            crcs[here] = self._shard(int(shard))[1]["crc32"][sample_ids[here] - self._starts[shard]]
+            try:
+                crcs[here] = self.rows(int(shard))["crc32"][sample_ids[here] - self._starts[shard]]
+            except DamagedShard:
+                if self.access.corrupt_shards == "fail":
+                    raise
+                crcs[here] = 0  # masked: none of its samples can have been used
         return crcs
 
-    def _shard(self, shard: int) -> tuple[int, np.ndarray]:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        info = self.shards[shard]
-        path = self.folder / info.name
-        index = self.folder / index_name(info.name)
-        rows = load_index(index)
-        if shard not in self._verified:  # a wrong offset would show as a bad crc32, a wrong label would not show
-            if xxhash.xxh3_128_hexdigest(index.read_bytes()) != info.index_hash:
-                raise UserError(
-                    f"{index} is not the one that the manifest names: damaged, or of another tar. "
+    def rows(self, shard: int) -> np.ndarray:
+        """The shard's index, verified against the manifest. Raises DamagedShard."""
+        if shard in self._rows:
+            self._rows.move_to_end(shard)
+            return self._rows[shard]
+        rows = self._rows[shard] = self.load_rows(shard)
+        if self.remote:
+            while len(self._rows) > 1 and sum(r.nbytes for r in self._rows.values()) > _INDEX_BYTES:
+                self._rows.popitem(last=False)
+        elif len(self._rows) > self._max_open:
+            self._rows.popitem(last=False)
+        return rows
+
+    def load_rows(self, shard: int) -> np.ndarray:
+        """As `rows`, but read now; from a local folder mapped, so that the pages are shared by all processes."""
+        name = self.shards[shard].index_name
+        where = f"{self.files.place}/{name}"
+        if shard not in self._verified or self.remote:
+            try:
+                raw = self.files.read(name)
+            except FileNotFoundError:
+                raise DamagedShard(f"{where} is missing: the shard has no index; run `mixer data index`") from None
+            if xxhash.xxh3_128_hexdigest(raw) != self.shards[shard].index_hash:
+                # A wrong offset would show as a bad crc32, a wrong label would not show
+                raise DamagedShard(
+                    f"{where} is not the one that the manifest names: damaged, or of another tar. "
                     "Run `mixer data index`"
                 )
             self._verified.add(shard)
+            if self.remote:
+                return np.load(io.BytesIO(raw), allow_pickle=False)
+        return load_index(where)
+
+    def read_range(self, shard: int, start: int, length: int) -> bytes:
+        """Bytes of a tar, all of them. Raises DamagedShard where it is missing or ends earlier."""
+        info = self.shards[shard]
+        where = f"{self.files.place}/{info.name}"
         try:
-            fd = os.open(path, os.O_RDONLY)
+            data = self.files.read_range(info.name, start, length)
+        except FileNotFoundError:
+            raise DamagedShard(f"{where} is missing; the manifest lists it. Restore it, or shard again") from None
         except OSError as e:
-            raise UserError(f"{path}: {e.strerror}") from e
-        self._open[shard] = fd, rows
-        if len(self._open) > self._max_open:
-            os.close(self._open.popitem(last=False)[1][0])
-        return self._open[shard]
+            if not self.remote:
+                raise BadSample(f"{where} at {start:,}: {e.strerror}") from e
+            data = b""
+        if len(data) != length:
+            raise DamagedShard(
+                f"{where} ends before byte {start + length:,}, the manifest says {info.bytes:,}: it was replaced or "
+                f"cut short. See `mixer data verify {self.files.place}`"
+            )
+        return data
 
+    def _direct(self, shard: int, row: int) -> Encoded:
+        for again in (True, False):
+            rows = self.rows(shard)
+            entry = rows[row]
+            data = self._bytes(shard, rows, row)
+            crc = zlib.crc32(data)
+            if crc == int(entry["crc32"]):
+                return Encoded(data, int(entry["label"]), crc)
+            if not (again and self.remote):  # what came over a network is asked for once more
+                break
+            self._ahead = (0, 0, b"")
+        raise BadSample(f"{self._where(shard, row)}: crc32 is not the index'")
 
-class SyntheticSource:
-    """Images made from the sample id: a faint class pattern under noise, so that a loss can fall. No files."""
+    def _bytes(self, shard: int, rows: np.ndarray, row: int) -> bytes:
+        start, size = int(rows[row]["offset"]), int(rows[row]["size"])
+        if not (self.sequential and self.remote):
+            return self.read_range(shard, start, size)
+        held_shard, held_start, held = self._ahead
+        at = start - held_start
+        if held_shard != shard or at < 0 or at + size > len(held):
+            last = rows[min(row + _READ_AHEAD, len(rows)) - 1]
+            held = self.read_range(shard, start, int(last["offset"]) + int(last["size"]) - start)
+            self._ahead, at = (shard, start, held), 0
+        return held[at : at + size]
 
-    def __init__(self, split: str, *, image_size: int, num_classes: int, samples: int | None = None):
-        self.samples = samples or (10_000 if split == "train" else 1_000)
-        self.name = f"synthetic ({split}, {self.samples:,} samples)"
-        self.shard_sizes = [min(1_000, self.samples - i) for i in range(0, self.samples, 1_000)]
-        self.splits = ["train", "val"]
-        self.classes: list[str] | None = None
-        self.num_classes = num_classes
-        self._size = image_size
-        self._split = split
-        self.digest = f"synthetic-{split}-{self.samples}-{image_size}-{num_classes}"
+    def _where(self, shard: int, row: int) -> str:
+        return f"{self.shards[shard].name} row {row}"
 
-    def read(self, sample_id: int, channels: int) -> RawSample:
-        label = int(key("label", self._split, sample_id) % np.uint64(self.num_classes))
-        shape = (self._size, self._size, channels)
-        noise = philox(int(key(self._split, "noise")), sample_id)
-        pattern = philox(int(key("pattern")), label)
-        count = -(-int(np.prod(shape)) // 8)
+    def _load_manifest(self) -> DatasetManifest:
+        place = self.files.place
+        if not is_url(place):
+            return DatasetManifest.load(place)
+        try:
+            text = self.files.read(MANIFEST_NAME).decode("utf-8")
+        except FileNotFoundError:
+            raise UserError(
+                f"no {MANIFEST_NAME} in {place}: not a finished data set; make one with `mixer shard SOURCE {place}`"
+            ) from None
+        except StoreUnreachable as e:
+            raise UserError(f"{e}; see data.storage_options") from e
+        return DatasetManifest.from_json(text, f"{place}/{MANIFEST_NAME}")
 
-        def pixels(bits: np.random.Philox) -> np.ndarray:
-            return bits.random_raw(count).view(np.uint8)[: int(np.prod(shape))].reshape(shape)
-
-        image = (pixels(noise) >> 1) + (pixels(pattern) >> 1)
-        return RawSample(image, label, int(self.crc32(np.array([sample_id]))[0]))
-
-    def crc32(self, sample_ids: np.ndarray) -> np.ndarray:
-        # Nothing is stored and nothing is read: the id stands for the bytes
-        return np.array([zlib.crc32(int(i).to_bytes(8, "little")) for i in sample_ids], dtype=np.int64)
+    def _check_shards(self) -> None:
+        sizes = self.files.sizes([shard.name for shard in self.shards])
+        for shard in self.shards if sizes else []:
+            where = f"{self.files.place}/{shard.name}"
+            if shard.name not in sizes:
+                raise DamagedShard(f"{where} is missing; the manifest lists it. Restore it, or shard again")
+            if sizes[shard.name] != shard.bytes:
+                raise DamagedShard(
+                    f"{where} has {sizes[shard.name]:,} bytes, the manifest says {shard.bytes:,}: it was replaced or "
+                    f"cut short. See `mixer data verify {self.files.place}`"
+                )

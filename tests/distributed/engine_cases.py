@@ -442,7 +442,7 @@ def evaluate_split(world: World, samples: int, batch_size: int, spec: Spec | Non
     """Evaluates the canonical weights over a synthetic split: under an engine, or as a plain model."""
     from pipeline.data.augment import EvalTransform, normalize
     from pipeline.data.loader import TrainSamples, eval_batches
-    from pipeline.data.source import SyntheticSource
+    from pipeline.data.synthetic import SyntheticSource
     from pipeline.evaluate import evaluate
 
     source = SyntheticSource("val", image_size=IMAGE, num_classes=CLASSES, samples=samples)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from engine_cases import BUFFER, CLASSES, IMAGE, STRATEGIES, WEIGHT, Spec, build_model, canonical_state
 
-from pipeline.data.source import SyntheticSource
+from pipeline.data.synthetic import SyntheticSource
 
 SAMPLES = 101  # a prime: no number of ranks or batch divides it
 

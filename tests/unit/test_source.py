@@ -14,7 +14,8 @@ from helpers import Member, members, picture, png, shards_of, write_dataset
 
 from data_tools.errors import UserError
 from data_tools.manifest import index_name
-from pipeline.data.source import BadSample, SyntheticSource, TarSource, open_source
+from pipeline.data.source import BadSample, TarSource, open_source
+from pipeline.data.synthetic import SyntheticSource
 
 
 def open_files(folder: Path) -> int:
@@ -99,7 +100,7 @@ def test_an_unknown_split_is_refused_with_those_that_exist(tmp_path):
 def test_a_missing_shard_is_refused_at_the_start(tmp_path):
     write_dataset(tmp_path, {"train": shards_of(members(4), [2, 2])})
     (tmp_path / "train-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"train-000001.tar.*No such file.*shard again"):
+    with pytest.raises(UserError, match=r"train-000001.tar.*is missing.*shard again"):
         TarSource(tmp_path, "train")
 
 
