@@ -81,7 +81,12 @@ def train(
         raise typer.Exit(launcher.launch())
     from pipeline.cli import run_smoke, run_training
 
-    raise typer.Exit(run_smoke(loaded.config) if smoke else run_training(loaded.config, allowed))
+    if smoke:
+        raise typer.Exit(run_smoke(loaded.config))
+    from launch.output import appear
+
+    here = appear(loaded.config.run.dir)
+    raise typer.Exit(run_training(loaded.config, allowed, here.logs, here.pulse))
 
 
 @app.command()
@@ -236,21 +241,27 @@ def main() -> None:
         die_with_parent()
         show_presence()
     code: object = 0
+    error: Exception | None = None
     try:
         app()
     except SystemExit as e:
         code = e.code
     except UserError as e:
-        code = e.exit_code
+        code, error = e.exit_code, e
+        _last_words(e, code)
         if debug:
             raise
         _complain(str(e), under_torchrun)
     except Exception as e:
-        code = 70  # EX_SOFTWARE
+        code, error = 70, e  # EX_SOFTWARE
+        told = _last_words(e, code)
         if debug:
             raise
-        _complain(f"{type(e).__name__}: {e} (unexpected; --debug shows the traceback)", False)
+        where = f"the traceback is in {told}" if told else "--debug shows the traceback"
+        _complain(f"{_describe(e)} (unexpected; {where})", False)
     finally:
+        if error is None:
+            _last_words(None, 0)
         if under_torchrun and isinstance(code, int):
             from launch.local import report_outcome
 
@@ -260,6 +271,22 @@ def main() -> None:
                 sys.stderr.flush()
                 os._exit(code)
     sys.exit(code)  # type: ignore[arg-type]
+
+
+def _describe(error: Exception) -> str:
+    from pipeline.logs import says_another_left
+
+    said = f"{type(error).__name__}: {error}"
+    return f"another training process went away: {said[:160]}" if says_another_left(said) else said
+
+
+def _last_words(error: Exception | None, code: int) -> str | None:
+    """Of a training process, into its run folder. Returns the file where the error is told."""
+    if "launch.output" not in sys.modules:  # not a training process
+        return None
+    from launch.output import say_last_words
+
+    return say_last_words(error, code)
 
 
 def _complain(message: str, collective: bool) -> None:

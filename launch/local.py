@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TextIO
 
 from data_tools.errors import UserError
+from launch.failure import first_failure
 from pipeline.checkpoint.place import checkpoint_root, committed_steps
 from pipeline.cli import EXIT_SAVED
 from pipeline.config import Config
+from pipeline.logs import LOGS, StartLogs, new_local_start
 from pipeline.run import RunFolder
 
 OUTCOME_FILE = "MIXER_OUTCOME_FILE"
@@ -75,6 +77,7 @@ class LocalLauncher:
         self.run = RunFolder(config.run.dir, checkpoint_root(config))
         self._agent: subprocess.Popen[bytes] | None = None
         self._stopping = False
+        self._logs: StartLogs | None = None
 
     def launch(self) -> int:
         """Exit code 0 finished, 75 saved and to be continued, else an error."""
@@ -82,6 +85,7 @@ class LocalLauncher:
             signal.signal(number, self._forward)
         # The terminal sends Ctrl-C to the training processes too: they save, and this one waits for them
         signal.signal(signal.SIGINT, lambda *_: setattr(self, "_stopping", True))
+        self.run.stop.unlink(missing_ok=True)  # a wish of an earlier day
         fruitless = 0
         while True:
             before = committed_steps(self.run.checkpoints)
@@ -93,20 +97,22 @@ class LocalLauncher:
                 return EXIT_SAVED
             if UserError.exit_code in codes:
                 return UserError.exit_code
-            if self._stopping:  # before a rank was ready to save: nothing is lost, and it is to be continued
+            if (
+                self._stopping or self.run.stop_request()
+            ):  # before a rank was ready to save: nothing is lost, and it is to be continued
                 return EXIT_SAVED
             after = committed_steps(self.run.checkpoints)
             fruitless = 0 if after[-1:] != before[-1:] else fruitless + 1
             if fruitless > self.max_restarts:
-                if self.max_restarts == 0:
+                if self.command[0] != "train":
                     raise UserError(f"a process of `mixer {self.command[0]}` died; what it said is above")
                 raise UserError(
                     f"the training processes died {fruitless} times without a new checkpoint in between; "
-                    f"see {self.run.path / 'logs'}, then `mixer resume {self.run.path}`"
+                    f"{self._cause()}\n`mixer why {self.run.path}` shows more; then `mixer resume {self.run.path}`"
                 )
             where = f"step {after[-1]}" if after else "the beginning"
             print(
-                f"a training process died; restarting from {where} "
+                f"{self._cause()}\na training process died; restarting from {where} "
                 f"({fruitless} of launch.max_restarts={self.max_restarts} without progress)",
                 flush=True,
             )
@@ -115,6 +121,9 @@ class LocalLauncher:
         with tempfile.TemporaryDirectory(prefix="mixer-") as scratch:
             outcome = Path(scratch) / "outcome"
             environment = {**os.environ, OUTCOME_FILE: str(outcome)}
+            if self.command[0] == "train" and "--smoke" not in self.command:
+                self._logs = new_local_start(self.run.path)
+                environment[LOGS] = str(self._logs.folder.resolve())
             environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.nproc)))
             self._agent = subprocess.Popen(
                 [*torchrun(self.nproc), "-m", "launch.cli", *self.command],
@@ -125,6 +134,11 @@ class LocalLauncher:
             self._wait_for_ranks(Path(f"{outcome}.alive"))
             lines = outcome.read_text().split() if outcome.exists() else []
             return [int(line) for line in lines], code
+
+    def _cause(self) -> str:
+        """The first failure of the latest start, in a few words."""
+        failure = first_failure(self._logs) if self._logs else None
+        return failure.headline if failure else "torchrun itself was killed"
 
     def _wait_for_ranks(self, presence: Path) -> None:
         """Until no training process of this start is left; at once, unless torchrun was killed."""

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from data_tools.errors import UserError
 from pipeline.checkpoint.place import checkpoint_places, checkpoint_root, committed_steps
 from pipeline.config import Config, diff_configs, load_config, to_yaml
+from pipeline.logs import StartLogs
+from pipeline.pulse import Pulse
 from pipeline.run import RunFolder, read_lines, replace_file
 from pipeline.stop import StopFlag
 
@@ -40,7 +42,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def run_training(config: Config, allow: set[str]) -> int:
+def run_training(config: Config, allow: set[str], logs: StartLogs | None = None, pulse: Pulse | None = None) -> int:
     """Trains in this process, as one rank of the group that the environment describes. Returns the exit code."""
     flag = StopFlag().install()
     quiet_libraries()
@@ -53,19 +55,15 @@ def run_training(config: Config, allow: set[str]) -> int:
         problem = None
         if world.is_main:
             try:
-                _held = take_over_run(config, allow)  # the lock goes with the object: kept until this returns
+                _held = take_over_run(
+                    config, allow, logs.name if logs else ""
+                )  # the lock goes with the object: kept until this returns
             except (UserError, OSError) as e:
                 problem = str(e)
         problem = world.broadcast(problem)
         if problem:
             raise UserError(problem)
-        try:
-            outcome = Trainer(build(config, world, allow), flag=flag).train()
-        except UserError:
-            raise
-        except Exception:
-            keep_traceback(RunFolder(config.run.dir), world.rank)
-            raise
+        outcome = Trainer(build(config, world, allow), flag=flag, logs=logs, pulse=pulse).train()
         return 0 if outcome == "finished" else EXIT_SAVED
 
 
@@ -86,27 +84,14 @@ def group_left_last(world: World) -> Iterator[None]:
         world.leave()
 
 
-def keep_traceback(run: RunFolder, rank: int) -> None:
-    """An unexpected error's traceback goes into the run folder: on a cluster the terminal is long gone."""
-    import socket
-    import time
-
-    path = run.path / "logs" / f"crash-{time.strftime('%Y%m%dT%H%M%S')}-rank-{rank:05d}.txt"
-    try:
-        replace_file(path, f"{socket.gethostname()} rank {rank}\n{traceback.format_exc()}")
-    except OSError:
-        return  # the disk may be the reason
-    print(f"rank {rank}: the traceback is in {path}", file=sys.stderr, flush=True)
-
-
-def take_over_run(config: Config, allow: set[str]) -> RunFolder:
+def take_over_run(config: Config, allow: set[str], logs: str = "") -> RunFolder:
     """Locks the run folder, compares with what it was started with, writes down what runs now.
 
     Raises:
         UserError: another training holds the folder; or a key changed that a resume may not change.
     """
     run = RunFolder(config.run.dir, checkpoint_root(config))
-    run.lock()
+    run.lock(logs)
     run.identity(make=True)
     old = load_config(str(run.config)).config if run.config.exists() else None
     if old is not None and any(committed_steps(root) for c in (old, config) for root in checkpoint_places(c)):

@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.parallel.world import World
+from pipeline.pulse import Pulse
 
 EXIT_HUNG = 76  # retryable: the launcher starts the processes again
 
@@ -28,8 +29,16 @@ class Watchdog:
     do the same, and their stacks together show which rank the others waited for.
     """
 
-    def __init__(self, timeout: float, log: Path, enabled: bool = True):
-        self._timeout, self._log = timeout, log
+    def __init__(
+        self,
+        timeout: float,
+        log: Path,
+        enabled: bool = True,
+        pulse: Pulse | None = None,
+        on_hang: Callable[[TimeoutError], object] = lambda error: None,
+    ):
+        self._timeout, self._log, self._on_hang = timeout, log, on_hang
+        self.pulse = pulse or Pulse(None)
         self._beat = time.monotonic()
         self._paused = False
         self._over = threading.Event()
@@ -37,19 +46,37 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
+        """Something got further that is not a step."""
         self._beat = time.monotonic()
+        self.pulse.alive()
+
+    def step(self, step: int, own_s: float) -> None:
+        """`step` is complete; own_s: seconds of it before this rank met the others."""
+        self._beat = time.monotonic()
+        self.pulse.step(step, own_s)
 
     def stop(self) -> None:
         self._over.set()
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """While something slow has timeouts of its own: loading, or waiting for a save."""
+    def paused(self, state: str) -> Iterator[None]:
+        """While something slow has timeouts of its own: "loading", or "saving" (the wait for a save)."""
         self._paused = True
+        try:
+            with self.busy(state):
+                yield
+        finally:
+            self._paused = False
+
+    @contextlib.contextmanager
+    def busy(self, state: str) -> Iterator[None]:
+        """While something that is not a step goes on: its time is no step's time."""
+        before = self.pulse.enter(state)
         try:
             yield
         finally:
-            self._paused = False
+            self.pulse.enter(before)
+            self.pulse.interrupt()
             self.beat()
 
     def _watch(self) -> None:
@@ -62,7 +89,9 @@ class Watchdog:
                     f.flush()
                     faulthandler.dump_traceback(f, all_threads=True)
                     os.fsync(f.fileno())
-                print(f"no step for {silent:.0f} s (health.timeout); stacks are in {self._log}", flush=True)
+                message = f"no step for {silent:.0f} s (health.timeout); stacks are in {self._log}"
+                self._on_hang(TimeoutError(message))
+                print(message, flush=True)
                 os._exit(EXIT_HUNG)
 
 

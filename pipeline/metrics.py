@@ -7,7 +7,6 @@ purge what lies beyond the resumed step (`purge_step`), so that curves go on wit
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -122,43 +121,56 @@ class Display:
         self._quiet = quiet
         self._progress = None
         self._total = total
+        self._restore: list[tuple[Any, Any]] = []
         if not quiet and sys.stdout.isatty():
+            from rich.console import Console
+            from rich.file_proxy import FileProxy
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            wide = shutil.get_terminal_size().columns >= 110  # on a narrow terminal the figures matter more than a bar
+            split = hasattr(sys.stdout, "terminal")  # a log is kept too, which should not see a bar being drawn
+            console = Console(file=sys.stdout.terminal if split else None)  # type: ignore[attr-defined]
             self._progress = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                *([BarColumn(bar_width=None)] if wide else []),
+                # on a narrow terminal the figures matter more than a bar
+                *([BarColumn(bar_width=None)] if console.width >= 110 else []),
                 TextColumn("{task.fields[note]}"),
                 TextColumn("ETA"),
                 TimeRemainingColumn(compact=True, elapsed_when_finished=True),
                 expand=True,
+                console=console,
+                redirect_stdout=not split,
+                redirect_stderr=not split,
             )
             self._task = self._progress.add_task("train", total=total, completed=start, note="")
             self._progress.start()
+            for stream in (sys.stdout, sys.stderr) if split else ():
+                terminal = stream.terminal  # type: ignore[attr-defined]
+                self._restore.append((stream, terminal))
+                stream.terminal = FileProxy(console, terminal)  # type: ignore[attr-defined] - above the bar
 
     def say(self, text: str) -> None:
-        if self._quiet:
-            return
-        if self._progress:
-            self._progress.console.print(text, markup=False, highlight=False)
-        else:
+        if not self._quiet:
             print(text, flush=True)
 
     def step(self, step: int, note: str | None = None, eta_s: float | None = None) -> None:
         """`note` is given on log steps only."""
         if self._progress:
-            if note is None:
-                self._progress.update(self._task, completed=step)
-            else:
-                self._progress.update(self._task, completed=step, note=note)
-        elif note is not None:
+            fields: dict[str, Any] = {} if note is None else {"note": note}
+            self._progress.update(self._task, completed=step, **fields)
+        if note is not None and not self._quiet:
             eta = "" if eta_s is None else f"  ETA {clock(eta_s)}"
-            self.say(f"step {step:>{len(str(self._total))}}/{self._total}  {note}{eta}")
+            line = f"step {step:>{len(str(self._total))}}/{self._total}  {note}{eta}"
+            if not self._progress:
+                print(line, flush=True)
+            elif self._restore:
+                sys.stdout.log.write(line + "\n")  # type: ignore[attr-defined]
 
     def close(self) -> None:
         if self._progress:
             self._progress.stop()
+        for stream, terminal in self._restore:
+            stream.terminal = terminal
+        self._restore = []
 
 
 def clock(seconds: float) -> str:

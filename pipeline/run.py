@@ -2,7 +2,8 @@
 
     RUN/ config.yaml  command.txt  env.json  events.jsonl  STATUS.json  metrics.jsonl  tb/  logs/  eval/
          ledger/rank-00000.jsonl    what reached the model: one line a step, this rank's digest
-         checkpoints/   FINISHED
+         checkpoints/   FINISHED   STOP (what `mixer stop` asks for)
+         logs/<job>.<restart>/      of each start: see `pipeline.logs`
 
 Logs are append-only; every line carries its attempt (one start of the training processes). After a crash the next
 attempt repeats the steps since the last checkpoint; `live_lines` leaves out the lines which that supersedes.
@@ -54,11 +55,22 @@ class RunFolder:
         self.status = self.path / "STATUS.json"
         self.checkpoints = checkpoints or self.path / "checkpoints"
         self.finished = self.path / "FINISHED"
+        self.stop = self.path / "STOP"
         self.tensorboard = self.path / "tb"
         self._lock: TextIO | None = None
 
-    def lock(self) -> None:
-        """Held until the process ends, however it ends. Raises UserError while another training holds it."""
+    def stop_request(self) -> str | None:
+        """What `mixer stop` asked for: "save" or "now"; None where nobody did."""
+        try:
+            return "now" if self.stop.read_text().strip() == "now" else "save"
+        except OSError:
+            return None
+
+    def lock(self, logs: str = "") -> None:
+        """Held until the process ends, however it ends. Raises UserError while another training holds it.
+
+        logs: the name of this start's log folder, for those who look at the run.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held on purpose
         try:
@@ -74,7 +86,7 @@ class RunFolder:
                 "stop it first, or choose another run.dir"
             ) from None
         self._lock.truncate(0)
-        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}" + (f", logs in {logs}" if logs else ""))
         self._lock.flush()
 
     def identity(self, make: bool = False) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -24,15 +25,18 @@ from pipeline.checkpoint.stager import BackgroundSaver, SaveResult
 from pipeline.data.loader import Batch, eval_batches, masked_slots, step_digest, train_batches
 from pipeline.duration import Duration
 from pipeline.evaluate import EvalResult, evaluate
-from pipeline.health import SickSteps, Watchdog, slowest_rank
+from pipeline.health import EXIT_HUNG, SickSteps, Watchdog, slowest_rank
+from pipeline.logs import StartLogs
 from pipeline.metrics import Display, MetricWriter, image_grid, token_mixing_picture
 from pipeline.optim import lr_scale
 from pipeline.parallel.engine import StepStats
+from pipeline.pulse import Pulse
 from pipeline.run import append_line, read_lines, sync_file
 from pipeline.stop import StopFlag
 
 Outcome = Literal["finished", "stopped"]
 RETRY_SAVE_SECONDS = 60.0
+LOOK_FOR_STOP_SECONDS = 2.0
 MAX_ROLLBACKS = 3  # to one checkpoint
 
 
@@ -54,7 +58,15 @@ class Clock:
 class Trainer:
     """Trains one run from wherever it stands to its end. Collective: every rank runs the same."""
 
-    def __init__(self, parts: Parts, *, flag: StopFlag | None = None, quiet: bool = False):
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        flag: StopFlag | None = None,
+        quiet: bool = False,
+        logs: StartLogs | None = None,
+        pulse: Pulse | None = None,
+    ):
         self.parts, self.config, self.world = parts, parts.config, parts.world
         self.engine, self.run, self.schedule = parts.engine, parts.run, parts.schedule
         self.step = self.samples = 0  # completed so far
@@ -62,6 +74,8 @@ class Trainer:
         self.evaluated_at = self.saved_at = self._save_begun_at = -1
         self.bad_samples = 0
         self.flag = flag or StopFlag().install()
+        self.logs, self._pulse = logs or StartLogs(self.run.path / "logs" / "local.0"), pulse or Pulse(None)
+        self._look_for_stop_at = 0.0
         self._last_save, self._retry_save_at = time.monotonic(), math.inf
         h = self.config.health
         self.sick = SickSteps(h.max_skipped, h.spike_factor)
@@ -105,7 +119,7 @@ class Trainer:
         stats, norm = self.engine.train_step(batches, self.learning_rate(self.step))
         self._complete_step(batches)
         self.sick.add(self.step, stats.loss, stats.weight, norm)
-        self._watchdog.beat()
+        self._watchdog.step(self.step, self._own_seconds[-1])
         if self._due(self.schedule.log_every):
             self._log(stats, norm)
         else:
@@ -201,6 +215,7 @@ class Trainer:
         # What depends on a clock is rank 0's to say
         overdue = now >= self._retry_save_at or (isinstance(every, float) and now - self._last_save >= every)
         due = saving or (self.world.is_main and overdue)
+        self._look_for_stop()
         save, stop, bad = self.world.sum([due, self.flag.name is not None, self.bad_samples])
         seen = max(self.samples, self.parts.order.num_samples)
         if bad > self.config.data.max_bad_fraction * seen:
@@ -213,6 +228,13 @@ class Trainer:
             )
         return save > 0, stop > 0
 
+    def _look_for_stop(self) -> None:
+        """`mixer stop` leaves a file, which also reaches a run on another machine; rank 0 looks, all agree."""
+        if self.world.is_main and time.monotonic() >= self._look_for_stop_at:
+            self._look_for_stop_at = time.monotonic() + LOOK_FOR_STOP_SECONDS
+            if self.run.stop_request():
+                self.flag.name = self.flag.name or "mixer stop"
+
     # -- start and end ----------------------------------------------------------------------------------------
 
     def _start(self) -> None:
@@ -220,10 +242,15 @@ class Trainer:
         parts, world = self.parts, self.world
         started = time.perf_counter()
         timeout = Duration.parse(self.config.health.timeout).seconds()
-        self._watchdog = Watchdog(timeout, self.run.path / "logs" / f"stacks-rank-{world.rank:05d}.txt")
+        self._watchdog = Watchdog(
+            timeout,
+            self.logs.stacks(world.rank),
+            pulse=self._pulse,
+            on_hang=lambda error: self.logs.write_error(world.rank, error, EXIT_HUNG),
+        )
         self.saver = BackgroundSaver(parts.checkpoints, world, background=self.config.checkpoint.background)
         self.engine.warm_up(parts.blank_batch())
-        with self._watchdog.paused():
+        with self._watchdog.paused("loading"):
             reader = parts.checkpoints.newest_good(warn=self._warn_damage)
             state = parts.load(reader)
         self.step, self.samples = state.get("step", 0), state.get("samples", 0)
@@ -238,6 +265,8 @@ class Trainer:
         self._display = Display(self.schedule.total_steps, self.step, self._quiet)
         facts = {
             **self._order_facts(),
+            "logs": self.logs.name,
+            "hosts": sorted(set(world.gather(socket.gethostname()))),
             "attempt": self.attempt,
             "step": self.step,
             "world_size": world.size,
@@ -252,6 +281,7 @@ class Trainer:
             self._open_writer()
             self._display.say(parts.summary(running, self.step, previous if reader else None))
             self._write_status("training")
+        self._pulse.enter("training")
         self._clock = Clock.now()
         self._last_save = time.monotonic()
         self._show_next_batch = True
@@ -270,7 +300,7 @@ class Trainer:
         )
 
     def _end(self) -> Outcome:
-        with self._watchdog.paused():
+        with self._watchdog.paused("saving"):
             self._finish_saving()
         finished = self.step >= self.schedule.total_steps
         outcome: Outcome = "finished" if finished else "stopped"
@@ -393,7 +423,7 @@ class Trainer:
                 "lower optimizer.lr, lengthen scheduler.warmup, or look at the data"
             )
         earlier = self.parts.order.state.skips  # of rollbacks that the checkpoint does not know of yet
-        with self._watchdog.paused():
+        with self._watchdog.paused("loading"):
             state = self.parts.load(reader)
         order = self.parts.order
         skips = tuple(dict.fromkeys((*order.state.skips, *earlier, *skips)))
@@ -446,8 +476,9 @@ class Trainer:
             batch_size=self.config.eval.batch_size or self.parts.share.micro_batch_size,
             num_workers=self.config.data.num_workers,
         )
-        beat = self._watchdog.beat
-        result: EvalResult = evaluate(self.engine.predict, batches, self.parts.loss_fn, self.world, on_batch=beat)
+        with self._watchdog.busy("evaluating"):
+            beat = self._watchdog.beat
+            result: EvalResult = evaluate(self.engine.predict, batches, self.parts.loss_fn, self.world, on_batch=beat)
         self.metrics, self.evaluated_at = result.to_dict(), self.step
         if self.world.is_main and self._writer:
             self._writer.scalars(self.step, result.to_dict(), split="val")
@@ -514,6 +545,7 @@ class Trainer:
             step=self.step,
             total_steps=self.schedule.total_steps,
             attempt=self.attempt,
+            logs=self.logs.name,
             world_size=self.world.size,
             strategy=self.config.train.strategy,
             last_checkpoint=self.saved_at if self.saved_at >= 0 else None,

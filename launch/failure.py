@@ -1,0 +1,107 @@
+"""Which rank failed first, and why: from what the processes of one start left in the run folder. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.logs import StartLogs, says_another_left
+from pipeline.pulse import Beat, read_pulses
+
+_AGENT_ENDS = {-signal.SIGTERM}  # how torchrun ends the others once one has failed
+_SIGNALS = {
+    signal.SIGKILL: "most often the kernel or SLURM, for memory: `dmesg | grep -i kill` on that node, `sacct -j JOB "
+    "-o MaxRSS`; lower data.num_workers or ask for more memory",
+    signal.SIGSEGV: "a bug in a native library or a broken GPU: run once with PYTHONFAULTHANDLER=1",
+    signal.SIGABRT: "a native library gave up: its last words are in the log; with NCCL, look for an earlier error",
+    signal.SIGBUS: "/dev/shm is full, or a file it had mapped got shorter: `df -h /dev/shm`",
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One rank's end. `sure` is False where it is only inferred from a pulse that stopped."""
+
+    rank: int
+    host: str
+    time: float
+    message: str
+    advice: str = ""
+    traceback: str = ""
+    consequence: bool = False  # it only noticed that another rank had gone
+
+    @property
+    def headline(self) -> str:
+        return f"rank {self.rank} on {self.host}: {self.message.splitlines()[0]}"
+
+
+def failures(logs: StartLogs) -> list[Failure]:
+    """The ends of all ranks of a start that did not end well; causes first, each group in order of time."""
+    errors = {rank: record for rank, path in logs.files("error").items() if (record := _read(path))}
+    beats = read_pulses(logs.files("pulse"))
+    found = [_told(record) for record in errors.values()]
+    killed = {row["rank"]: row for path in logs.folder.glob("agent-*.json") for row in _read(path) or []}
+    for rank, row in killed.items():
+        if rank not in errors and row["exit_code"] not in _AGENT_ENDS:
+            found.append(_killed(row, beats.get(rank)))
+    known = {f.rank for f in found}
+    if any(b.over for b in beats.values()) or found:
+        newest = max((b.time for b in beats.values()), default=time.time())
+        # Beside ranks that said how they ended: one whose pulse merely stopped, with its node perhaps
+        for rank, b in beats.items():
+            if rank not in known and rank not in killed and not b.over and (found or newest - b.time > 30):
+                found.append(_silent(b))
+    return sorted(found, key=lambda f: (f.consequence, f.time))
+
+
+def first_failure(logs: StartLogs) -> Failure | None:
+    return next(iter(failures(logs)), None)
+
+
+def _told(record: dict[str, Any]) -> Failure:
+    user = record["exception"] == "UserError"
+    text = record["message"] if user else f"{record['exception']}: {record['message']}"
+    return Failure(
+        record["rank"],
+        record["host"],
+        record["time"],
+        text.strip(),
+        record["advice"],
+        "" if user else record["traceback"],
+        says_another_left(f"{record['exception']}: {record['message']}"),
+    )
+
+
+def _killed(row: dict[str, Any], beat: Beat | None) -> Failure:
+    code, hint = row["exit_code"], ""
+    message = f"ended with exit code {code} and said nothing"
+    if code < 0:
+        name = str(-code)
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-code).name
+            hint = _SIGNALS.get(signal.Signals(-code), "")
+        message = f"killed by {name}"
+    at = f" after step {beat.step}, in {beat.where.partition(' < ')[0]}" if beat and beat.where else ""
+    return Failure(row["rank"], row["host"], row["time"], message + at, hint)
+
+
+def _silent(beat: Beat) -> Failure:
+    when = time.strftime("%H:%M:%S", time.localtime(beat.time))
+    return Failure(
+        beat.rank,
+        beat.host,
+        beat.time,
+        f"no sign of life since {when}, after step {beat.step}; it left no last words",
+        "killed, or its node went away: look at the node, `sinfo -R` and `sacct -j JOB` on SLURM",
+    )
+
+
+def _read(path: Any) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
