@@ -15,7 +15,9 @@ from pipeline.checkpoint.place import checkpoint_root, place
 from pipeline.config import Config
 from pipeline.data.augment import EvalTransform, TrainTransform
 from pipeline.data.loader import PADDING, Batch, Share, TrainSamples
+from pipeline.data.mixup import MixUp
 from pipeline.data.order import SampleOrder
+from pipeline.data.randaugment import RandAugment
 from pipeline.data.source import EVAL_SPLITS, Access, SampleSource, TarSource, open_source
 from pipeline.data.store import is_url
 from pipeline.duration import Duration
@@ -86,6 +88,7 @@ class Parts:
     val_samples: TrainSamples | None
     loss_fn: Loss
     checkpoints: CheckpointManager
+    mixup: MixUp | None = None
     allow: set[str] = field(default_factory=set)
     train_flops: float = 0.0  # per image
     peak_flops: float | None = None
@@ -103,6 +106,7 @@ class Parts:
             torch.full((m,), PADDING),
             torch.zeros(m, dtype=torch.int64),
             [],
+            *((torch.arange(m), torch.ones(m)) if self.mixup else ()),
         )
 
     def load(self, reader: CheckpointReader | None) -> dict[str, Any]:
@@ -250,14 +254,7 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
     model = create_model(c.model.name, classes, c.model.image_size, device="meta", **overrides)
     train_samples = TrainSamples(
         source,
-        TrainTransform(
-            c.model.image_size,
-            c.run.seed,
-            c.augment.crop,
-            (c.augment.scale[0], c.augment.scale[1]),
-            (c.augment.ratio[0], c.augment.ratio[1]),
-            c.augment.hflip,
-        ),
+        train_transform(c),
         channels=c.model.in_chans,
         num_classes=classes,
         drop_rates=model.drop_rates(),
@@ -298,11 +295,31 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         None if val_source is None else eval_samples(config, val_source, classes),
         loss_fn,
         CheckpointManager(run.checkpoints, world, Retention(c.checkpoint.keep_last, steps), mirror=mirror),
+        mixup(config),
         allow or set(),
         cost.training_flops,
         None if on_cpu else peak_flops(torch.cuda.get_device_name(), c.train.precision),
         patch_size(config),
     )
+
+
+def train_transform(config: Config) -> TrainTransform:
+    a = config.augment
+    m = a.randaugment_magnitude
+    return TrainTransform(
+        config.model.image_size,
+        config.run.seed,
+        a.crop,
+        (a.scale[0], a.scale[1]),
+        (a.ratio[0], a.ratio[1]),
+        a.hflip,
+        None if m is None else RandAugment(a.randaugment_layers, m),
+    )
+
+
+def mixup(config: Config) -> MixUp | None:
+    a, batch = config.augment, config.train.global_batch_size
+    return MixUp(a.mixup_alpha, a.mixup_group or batch, config.run.seed) if a.mixup_alpha else None
 
 
 def patch_size(config: Config) -> int | None:

@@ -155,6 +155,7 @@ class Trainer:
             self.parts.share,
             num_workers=self.config.data.num_workers,
             pin_memory=self.world.device.type == "cuda",
+            mixup=self.parts.mixup,
         )
 
     def _timed(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:

@@ -87,6 +87,10 @@ def _range_problems(config: Config) -> Iterator[str]:
         "health.max_skipped": 1,
         "health.spike_factor": 1,
         "optimizer.weight_decay": 0,
+        "augment.randaugment_magnitude": 0,
+        "augment.randaugment_layers": 1,
+        "augment.mixup_alpha": 0,
+        "augment.mixup_group": 1,
     }
     for key, low in at_least.items():
         value = get_value(config, key)
@@ -177,6 +181,9 @@ def _cross_problems(config: Config) -> Iterator[str]:
             f"data.lanes ({data.lanes}) does not divide train.global_batch_size ({total}); "
             f"write data.lanes={near}, or null for one lane a sample of the batch"
         )
+    group = config.augment.mixup_group
+    if group is not None and total % group:
+        yield f"augment.mixup_group ({group}) does not divide train.global_batch_size ({total}); choose a divisor"
     if data.val == "none" and config.eval.every is not None:
         yield "eval.every is set but data.val is none: give data.val a data set, or write eval.every=null"
     if train.offload == "optimizer" and train.strategy == "ddp":

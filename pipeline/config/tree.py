@@ -57,6 +57,10 @@ class AugmentConfig:
     scale: list[float] = field(default_factory=lambda: [0.05, 1.0])
     ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333])
     hflip: float = 0.5
+    randaugment_magnitude: float | None = None  # None: no RandAugment; the paper's m is 10 to 20
+    randaugment_layers: int = 2  # operations an image
+    mixup_alpha: float = 0.0  # the paper's p; 0: no MixUp
+    mixup_group: int | None = None  # slots that share one weight; None: train.global_batch_size
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.data.order import key
+from pipeline.data.randaugment import RandAugment
 
 _CROP_TRIES = 10
 _CROP_DRAWS = 4 * _CROP_TRIES
@@ -33,7 +34,8 @@ def uniforms(purpose: str, seed: int, epoch: int, sample_id: int, count: int) ->
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random-resized crop (Szegedy et al. 2015; "inception crop" in the paper, section 3) and horizontal flip.
+    """Random-resized crop (Szegedy et al. 2015; "inception crop" in the paper, section 3), horizontal flip, and
+    RandAugment where it is given.
 
     `scale` is the cropped share of the area, `ratio` the aspect ratio's range; crop="resize" takes the whole image.
     """
@@ -44,6 +46,7 @@ class TrainTransform:
     scale: tuple[float, float] = (0.05, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
+    randaugment: RandAugment | None = None
 
     def __call__(self, pixels: np.ndarray, epoch: int, sample_id: int) -> torch.Tensor:
         u = uniforms("augment", self.seed, epoch, sample_id, _CROP_DRAWS + 1)
@@ -51,7 +54,13 @@ class TrainTransform:
             top, left, height, width = self.crop_box(pixels.shape[0], pixels.shape[1], u)
             pixels = pixels[top : top + height, left : left + width]
         image = resize(pixels, self.size, self.size)
-        return image.flip(-1) if u[_CROP_DRAWS] < self.hflip else image
+        if u[_CROP_DRAWS] < self.hflip:
+            image = image.flip(-1)
+        if self.randaugment:
+            # A stream of its own: crop and flip are the same with and without
+            draws = uniforms("randaug", self.seed, epoch, sample_id, self.randaugment.draws)
+            image = self.randaugment(image, draws)
+        return image
 
     def crop_box(self, height: int, width: int, u: np.ndarray) -> tuple[int, int, int, int]:
         """(top, left, height, width): ten tries, then the largest centred box of an allowed aspect ratio."""
@@ -101,5 +110,6 @@ def keep_mask(drop_rates: np.ndarray, seed: int, epoch: int, sample_id: int) -> 
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, C, H, W] -> float32 in [-1, 1], on the images' device."""
-    return images.to(torch.float32).div_(127.5).sub_(1.0)
+    """uint8 [B, C, H, W] -> float32 in [-1, 1], on the images' device: the same bits on every one."""
+    # By a tensor: CUDA multiplies by the rounded reciprocal of a Python number
+    return images.to(torch.float32).div_(torch.full((), 127.5, device=images.device)).sub_(1.0)

@@ -1,11 +1,13 @@
 """Micro-batches of this rank, from the resumed position on, and the digest that says which samples they hold.
 
-A torch DataLoader over a map-style data set; its batch sampler asks the `SampleOrder` which samples sit in this
-rank's slots. Nothing here keeps state between steps: the order's few integers are the loader's whole state.
+A torch DataLoader over a map-style data set whose items are whole micro-batches; its sampler asks the `SampleOrder`
+which samples sit in this rank's slots. Nothing here keeps state between steps: the order's few integers are the
+loader's whole state.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pipeline.data.augment import EvalTransform, TrainTransform, keep_mask
+from pipeline.data.mixup import MixUp
 from pipeline.data.order import Order, key, rank_slots
 from pipeline.data.source import BadSample, SampleSource
 
@@ -25,9 +28,11 @@ PADDING = -1
 class Batch(NamedTuple):
     """One micro-batch of m slots of one rank; short ranks are padded with slots of weight 0.
 
-    images uint8 [m, C, size, size]; labels int64 [m]; weights float32 [m], 0 for padding and for bad samples;
-    keep float32 [m, 2L] stochastic-depth masks, or [m, 0]; ids int64 [m], -1 for padding; crc32 int64 [m] of the
-    bytes that were read; errors: why a sample is bad, one text a bad slot.
+    images uint8 [n, C, size, size] and labels int64 [n]: n = m, with MixUp up to two more rows for partners that sit in
+    no slot of this micro-batch; weights float32 [m], 0 for padding and for bad samples; keep float32 [m, 2L]
+    stochastic-depth masks, or [m, 0]; ids int64 [m], -1 for padding; crc32 int64 [m] of the bytes that were read;
+    errors: why a sample is bad, one text a bad slot; partners int64 [m]: the row that each slot is mixed with, and mix
+    float32 [m]: the slot's own share; both empty without MixUp.
     """
 
     images: torch.Tensor
@@ -37,17 +42,30 @@ class Batch(NamedTuple):
     ids: torch.Tensor
     crc32: torch.Tensor
     errors: list[str]
+    partners: torch.Tensor = torch.empty(0, dtype=torch.int64)
+    mix: torch.Tensor = torch.empty(0)
 
 
 class Request(NamedTuple):
-    """What a worker needs to know to make one slot's sample."""
+    """What a worker needs to know to make one micro-batch: epoch and id of each row's sample, int64 [n]; `partners`
+    and `mix` as in `Batch`."""
 
-    epoch: int
-    sample_id: int
+    epochs: np.ndarray
+    ids: np.ndarray
+    partners: np.ndarray = np.empty(0, dtype=np.int64)
+    mix: np.ndarray = np.empty(0, dtype=np.float32)
+
+
+class Row(NamedTuple):
+    """One sample as the model will see it."""
+
+    image: torch.Tensor
+    label: int
+    crc32: int
 
 
 class TrainSamples(Dataset):
-    """Map-style view: `Request` -> one slot's tensors. A bad sample becomes a zero image of weight 0."""
+    """Map-style view: `Request` -> `Batch`. A bad sample becomes a zero image of weight 0."""
 
     def __init__(
         self,
@@ -64,26 +82,51 @@ class TrainSamples(Dataset):
         self.drop_rates = np.asarray(drop_rates) if drop_rates and max(drop_rates) > 0 else None
         self.seed = seed
 
-    def __getitem__(self, request: Request) -> tuple[torch.Tensor, int, float, torch.Tensor, int, int, str | None]:
-        epoch, sample_id = request
-        error = None
-        if sample_id != PADDING:
-            try:
-                pixels, label, crc = self.source.read(sample_id, self.channels)
-                if not 0 <= label < self.num_classes:
-                    raise BadSample(f"sample {sample_id}: label {label} outside [0, {self.num_classes})")
-                if isinstance(self.transform, TrainTransform):
-                    image = self.transform(pixels, epoch, sample_id)
-                else:
-                    image = self.transform(pixels)
-                return image, label, 1.0, self._keep(epoch, sample_id), sample_id, crc, None
-            except (BadSample, ValueError, RuntimeError) as e:  # whatever this one image did to a transform
-                error = str(e)
+    def __getitem__(self, request: Request) -> Batch:
+        epochs, ids = request.epochs.tolist(), request.ids.tolist()
+        n, m = len(ids), len(request.partners) or len(ids)
         size = self.transform.size
-        image = torch.zeros(self.channels, size, size, dtype=torch.uint8)
-        return image, 0, 0.0, self._keep(epoch, sample_id), sample_id, 0, error
+        images = _shared_bytes(n, self.channels, size, size)
+        labels, crcs, good = [0] * n, [0] * n, [False] * n
+        errors: list[str] = []
+        for i, (epoch, sample_id) in enumerate(zip(epochs, ids)):
+            try:
+                row = self.row(epoch, sample_id) if sample_id != PADDING else None
+            except (BadSample, ValueError, RuntimeError) as e:  # whatever this one image did to a transform
+                row = None
+                if i < m:  # a partner's own rank tells of it
+                    errors.append(str(e))
+            if row is None:
+                images[i] = 0
+            else:
+                images[i] = row.image
+                labels[i], crcs[i], good[i] = row.label, row.crc32, True
+        partners = torch.from_numpy(request.partners)
+        used = torch.tensor(good)
+        mix = torch.from_numpy(request.mix)
+        return Batch(
+            images,
+            torch.tensor(labels),
+            used[:m].float(),
+            torch.stack([self.keep(epoch, i) for epoch, i in zip(epochs[:m], ids)]),
+            torch.from_numpy(request.ids[:m]),
+            torch.tensor(crcs[:m]),
+            errors,
+            partners,
+            torch.where(used[partners], mix, 1.0) if len(mix) else mix,  # nothing is mixed with a bad sample
+        )
 
-    def _keep(self, epoch: int, sample_id: int) -> torch.Tensor:
+    def row(self, epoch: int, sample_id: int) -> Row:
+        """Raises BadSample, or whatever this one image does to a transform."""
+        pixels, label, crc = self.source.read(sample_id, self.channels)
+        if not 0 <= label < self.num_classes:
+            raise BadSample(f"sample {sample_id}: label {label} outside [0, {self.num_classes})")
+        if isinstance(self.transform, TrainTransform):
+            return Row(self.transform(pixels, epoch, sample_id), label, crc)
+        return Row(self.transform(pixels), label, crc)
+
+    def keep(self, epoch: int, sample_id: int) -> torch.Tensor:
+        """Stochastic-depth mask of a sample, [2L] or [0]."""
         if self.drop_rates is None:
             return torch.empty(0)
         if sample_id == PADDING:
@@ -91,17 +134,12 @@ class TrainSamples(Dataset):
         return keep_mask(self.drop_rates, self.seed, epoch, sample_id)
 
 
-def collate(rows: list) -> Batch:
-    images, labels, weights, keep, ids, crcs, errors = zip(*rows)
-    return Batch(
-        torch.stack(images),
-        torch.tensor(labels),
-        torch.tensor(weights),
-        torch.stack(keep),
-        torch.tensor(ids),
-        torch.tensor(crcs),
-        [e for e in errors if e],
-    )
+def _shared_bytes(*shape: int) -> torch.Tensor:
+    """uint8, not initialised; in a worker in memory that the training process sees too: nothing is copied there."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -123,22 +161,37 @@ class Share:
 
 
 class MicroBatches(Sampler):
-    """Endless batch sampler: one list of `Request`s a micro-batch, beginning at `state`."""
+    """Endless: one `Request` a micro-batch, beginning at `state`."""
 
-    def __init__(self, order: Order, state: Any, share: Share):
-        self.order, self.state, self.share = order, state, share
+    def __init__(self, order: Order, state: Any, share: Share, mixup: MixUp | None = None):
+        self.order, self.state, self.share, self.mixup = order, state, share, mixup
 
-    def __iter__(self) -> Iterator[list[Request]]:
+    def __iter__(self) -> Iterator[Request]:
         state, share = self.state, self.share
-        size = share.micro_batch_size * share.micro_steps
         while True:
-            slots = np.arange(share.first, share.last)
-            drawn = self.order.draw(state.epoch, state.position + slots)
-            requests = [Request(e, s) for e, s in zip(drawn.epochs.tolist(), drawn.ids.tolist())]
-            requests += [Request(state.epoch, PADDING)] * (size - len(requests))
-            for i in range(0, size, share.micro_batch_size):
-                yield requests[i : i + share.micro_batch_size]
+            for i in range(share.micro_steps):
+                first = share.first + i * share.micro_batch_size
+                yield self._request(state, first, min(first + share.micro_batch_size, share.last))
             state = self.order.next_state(state)
+
+    def _request(self, state: Any, first: int, last: int) -> Request:
+        """Slots [first, last), filled up with padding; none at all where this rank's share has ended before."""
+        slots, n, m = np.arange(first, last), max(0, last - first), self.share.micro_batch_size
+        theirs = slots if self.mixup is None else self.mixup.partners(slots)
+        elsewhere = np.setdiff1d(theirs, slots)  # partners in other micro-batches: their rows come behind all others
+        drawn = self.order.draw(state.epoch, state.position + np.concatenate([slots, elsewhere]))
+        ids = np.insert(drawn.ids, n, np.full(m - n, PADDING))
+        epochs = np.insert(drawn.epochs, n, np.full(m - n, state.epoch))
+        if self.mixup is None:
+            return Request(epochs, ids)
+        rows = np.where(np.isin(theirs, slots), theirs - first, m + np.searchsorted(elsewhere, theirs))
+        mix = self.mixup.weights(state.epoch, state.position, slots)
+        return Request(
+            epochs,
+            ids,
+            np.concatenate([rows, np.arange(n, m)]),
+            np.concatenate([mix, np.ones(m - n, dtype=np.float32)]),
+        )
 
 
 def _start_worker(worker: int) -> None:
@@ -148,13 +201,19 @@ def _start_worker(worker: int) -> None:
 
 
 def train_batches(
-    samples: TrainSamples, order: Order, share: Share, *, num_workers: int, pin_memory: bool = False
+    samples: TrainSamples,
+    order: Order,
+    share: Share,
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+    mixup: MixUp | None = None,
 ) -> Iterator[list[Batch]]:
     """The micro-batches of one step after another, for ever, from `order.state` on."""
     loader = DataLoader(
         samples,
-        batch_sampler=MicroBatches(order, order.state, share),
-        collate_fn=collate,
+        batch_size=None,  # a request is a whole micro-batch
+        sampler=MicroBatches(order, order.state, share, mixup),
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
@@ -171,13 +230,12 @@ def eval_batches(samples: TrainSamples, *, rank: int, world_size: int, batch_siz
     first, last = rank_slots(rank, world_size, total)
     per_rank = -(-total // world_size)
     padded = -(-per_rank // batch_size) * batch_size
-    ids = [*range(first, last), *[PADDING] * (padded - (last - first))]
-    requests = [[Request(0, s) for s in ids[i : i + batch_size]] for i in range(0, padded, batch_size)]
+    ids = np.concatenate([np.arange(first, last), np.full(padded - (last - first), PADDING)])
+    epochs = np.zeros(batch_size, dtype=np.int64)
+    requests = [Request(epochs, ids[i : i + batch_size]) for i in range(0, padded, batch_size)]
     # Short splits do not pay for starting workers
     workers = min(num_workers, len(requests) // 4)
-    return DataLoader(
-        samples, batch_sampler=requests, collate_fn=collate, num_workers=workers, worker_init_fn=_start_worker
-    )
+    return DataLoader(samples, batch_size=None, sampler=requests, num_workers=workers, worker_init_fn=_start_worker)
 
 
 def step_digest(position: int, share: Share, batches: list[Batch]) -> int:

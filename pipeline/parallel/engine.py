@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from data_tools.errors import UserError
 from pipeline.data.augment import normalize
 from pipeline.data.loader import Batch
+from pipeline.data.mixup import mix_images, mix_targets
 from pipeline.parallel.blocks import prepare_blocks
 from pipeline.parallel.world import World
 
@@ -160,10 +161,15 @@ class TrainEngine(ABC):
     def _forward_backward(self, batch: Batch, last: bool) -> StepStats:
         started = time.perf_counter()
         images, labels, weights, keep = self._to_device(batch)
+        mixed = len(batch.partners) > 0
+        partners, mix = (x.to(self.world.device, non_blocking=True) for x in (batch.partners, batch.mix))
+        if mixed:
+            images = mix_images(images, partners, mix)
         with self._autocast():
             logits = self.model(images, keep)
         self.own_seconds += time.perf_counter() - started
-        losses = self.loss_fn(logits.float(), labels) * weights
+        targets = mix_targets(labels, partners, mix, logits.shape[1]) if mixed else labels
+        losses = self.loss_fn(logits.float(), targets) * weights
         # Every backend averages gradients over ranks; the loss is sum(weight * loss) / B, B the fixed global batch,
         # so that padding, accumulation and the number of ranks do not change the function that is optimised.
         scale = self.world.size / self.options.global_batch_size
@@ -172,7 +178,7 @@ class TrainEngine(ABC):
         total = losses.sum()
         self._backward(total * torch.where(torch.isfinite(total.detach()), scale, math.nan), last)
         with torch.no_grad():
-            correct = ((logits.argmax(-1) == labels) * weights).sum()
+            correct = ((logits.argmax(-1) == labels[: len(weights)]) * weights).sum()
         return StepStats(losses.detach().sum(), weights.sum(), correct)
 
     @torch.no_grad()

@@ -360,13 +360,15 @@ def test_an_unknown_recipe_is_answered_with_the_nearest_and_the_list(tmp_path):
         find_recipe(str(tmp_path))
 
 
-def test_the_imagenet_recipe_is_the_published_one_as_far_as_it_goes():
+def test_the_imagenet_recipe_is_the_published_one():
     config = load_config("mixer_b16_i1k", ["data.train=synthetic"]).config
     assert (config.train.duration, config.train.global_batch_size) == ("300 epochs", 4096)
     assert (config.loss.name, config.loss.head_bias) == ("sigmoid_xent", -6.9)
     # big_vision's decay, 1e-4, is not multiplied by the learning rate; torch's is.
     assert config.optimizer.lr * config.optimizer.weight_decay == pytest.approx(1e-4)
-    assert "RandAugment" in find_recipe("mixer_b16_i1k").read_text(encoding="utf-8")
+    a = config.augment
+    assert (a.randaugment_layers, a.randaugment_magnitude, a.mixup_alpha, a.mixup_group) == (2, 15, 0.5, None)
+    assert config.model.drop_path_rate == 0.1
 
 
 # ------------------------------------------------------------------------- writing, showing, comparing
