@@ -198,9 +198,32 @@ def export(
 
       mixer export runs/b16 b16.npz --format npz --ema
     """
-    from pipeline.cli import run_export
+    from pipeline.weights.commands import run_export
 
     raise typer.Exit(run_export(run, out, form, checkpoint, ema, dtype))
+
+
+@app.command("import")
+def import_weights(
+    source: Annotated[str, typer.Argument(help="An .npz or .safetensors file, a timm folder, a run, a checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    model: Annotated[str | None, typer.Option(help="What it must be, such as mixer_b16. Default: as found.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels it must have been trained at.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes it must have; a missing head is made.")] = None,
+) -> None:
+    """Make weights from elsewhere a checkpoint to evaluate, fine-tune or begin with.
+
+    Examples:
+
+      mixer import Mixer-B_16.npz b16
+
+      mixer import gs://mixer_models/imagenet21k/Mixer-L_16.npz l16-21k
+
+      mixer import timm-folder/ b16 --model mixer_b16 --num-classes 1000
+    """
+    from pipeline.weights.commands import run_import
+
+    raise typer.Exit(run_import(source, out, model, image_size, num_classes))
 
 
 @app.command()

@@ -248,7 +248,7 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
     )
     micro = c.train.micro_batch_size
     share = Share.of(world.rank, world.size, batch, None if isinstance(micro, str) else micro)
-    overrides = model_overrides(config)
+    overrides = config.model.overrides()
     cost = model_cost(c.model.name, classes, c.model.image_size, **overrides)
     c.train.strategy = choose_strategy(c.train.strategy, cost.parameters, world, c.train.offload)
     model = create_model(c.model.name, classes, c.model.image_size, device="meta", **overrides)
@@ -327,20 +327,7 @@ def patch_size(config: Config) -> int | None:
     from pipeline.model import variants
 
     name = config.model.name
-    return variants.resolve(name, **model_overrides(config)).patch_size if name in variants.names() else None
-
-
-def model_overrides(config: Config) -> dict[str, Any]:
-    m = config.model
-    return {
-        "patch_size": m.patch_size,
-        "in_chans": m.in_chans,
-        "hidden_dim": m.hidden_dim,
-        "num_blocks": m.num_blocks,
-        "tokens_mlp_dim": m.tokens_mlp_dim,
-        "channels_mlp_dim": m.channels_mlp_dim,
-        "drop_path_rate": m.drop_path_rate,
-    }
+    return variants.resolve(name, **config.model.overrides()).patch_size if name in variants.names() else None
 
 
 def num_classes(config: Config, source: SampleSource) -> int:

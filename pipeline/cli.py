@@ -173,7 +173,7 @@ def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
 
     import torch
 
-    from pipeline.build import eval_samples, model_overrides, num_classes, open_source, open_val
+    from pipeline.build import eval_samples, num_classes, open_source, open_val
     from pipeline.checkpoint.layout import CheckpointReader
     from pipeline.checkpoint.manager import choose
     from pipeline.data.augment import normalize
@@ -204,7 +204,7 @@ def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
     classes = num_classes(config, train)
     world = World.join()
     reader = CheckpointReader(world.broadcast(reader.folder))  # of a run in progress, ranks may see another last one
-    model = create_model(config.model.name, classes, config.model.image_size, device="meta", **model_overrides(config))
+    model = create_model(config.model.name, classes, config.model.image_size, device="meta", **config.model.overrides())
     model.to_empty(device=world.device)
     kind = EMA if ema else WEIGHT
     with torch.no_grad():
@@ -257,34 +257,6 @@ def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
             f"[{run.path / 'eval' / name}]"
         )
     world.leave()
-    return 0
-
-
-def run_export(run_dir: str, out: Path | None, form: str, which: str, ema: bool, dtype: str) -> int:
-    """Writes the weights of one checkpoint in another format and says how to load them."""
-    from data_tools.manifest import DatasetManifest
-    from pipeline.checkpoint.layout import CheckpointReader
-    from pipeline.checkpoint.manager import choose
-    from pipeline.export import DTYPES, FORMATS, Weights, export
-
-    if form not in FORMATS or dtype not in DTYPES:
-        raise UserError(f"choose --format of {', '.join(FORMATS)} and --dtype of {', '.join(DTYPES)}")
-    run = existing_run(run_dir)
-    config = load_config(str(run.config), [f"run.dir={run.path}"]).config
-    reader = CheckpointReader(choose(checkpoint_root(config), which))
-    damage = reader.damage(reader.manifest.files)
-    if damage:
-        raise UserError(f"{damage}; export another checkpoint (`--checkpoint step-N`)")
-    suffix = {"safetensors": ".safetensors", "npz": ".npz", "torch": ".pt", "timm": ""}[form]
-    name = f"{config.run.name}-{reader.folder.name}{'-ema' if ema else ''}"
-    target = out or run.path / "export" / (name + suffix)
-    classes = None
-    with contextlib.suppress(UserError):  # names are a courtesy: the data may be elsewhere by now
-        classes = DatasetManifest.load(config.data.train).classes
-    lines = export(config, Weights(reader, ema, DTYPES[dtype]), form, target, classes)
-    print(f"{target}: {'averaged ' if ema else ''}weights of {reader.folder.name}, {dtype}. To load:")
-    for line in lines:
-        print(f"  {line}")
     return 0
 
 

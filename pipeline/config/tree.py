@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
@@ -34,6 +34,11 @@ class ModelConfig:
     num_blocks: int | None = None
     tokens_mlp_dim: int | None = None
     channels_mlp_dim: int | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """What `create_model` takes beside name, classes and image size."""
+        taken = ("name", "image_size", "num_classes")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in taken}
 
 
 @dataclass

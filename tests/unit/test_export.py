@@ -13,8 +13,8 @@ from helpers import train
 from data_tools.errors import UserError
 from pipeline.checkpoint.layout import CheckpointReader
 from pipeline.checkpoint.manager import choose
-from pipeline.cli import run_export
-from pipeline.export import flax_name
+from pipeline.weights.commands import run_export
+from pipeline.weights.flax import flax_name
 
 
 @pytest.fixture(scope="module")
