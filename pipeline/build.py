@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_tools.errors import UserError
@@ -17,6 +18,7 @@ from pipeline.data.augment import EvalTransform, TrainTransform
 from pipeline.data.loader import PADDING, Batch, Share, TrainSamples
 from pipeline.data.mixup import MixUp
 from pipeline.data.order import SampleOrder
+from pipeline.data.pixel_order import pixel_order
 from pipeline.data.randaugment import RandAugment
 from pipeline.data.source import EVAL_SPLITS, Access, SampleSource, TarSource, open_source
 from pipeline.data.store import is_url
@@ -314,7 +316,14 @@ def train_transform(config: Config) -> TrainTransform:
         (a.ratio[0], a.ratio[1]),
         a.hflip,
         None if m is None else RandAugment(a.randaugment_layers, m),
+        permutation(config),
     )
+
+
+def permutation(config: Config) -> np.ndarray | None:
+    """Order of the pixels of every image; patches are the model's, or of 16 px where it has none (paper, figure 4)."""
+    size, kind = config.model.image_size, config.augment.permute
+    return None if kind == "none" else pixel_order(kind, size, patch_size(config) or 16, config.run.seed)
 
 
 def mixup(config: Config) -> MixUp | None:
@@ -365,7 +374,8 @@ def open_val(config: Config, train: SampleSource, check: bool = True) -> SampleS
 
 
 def eval_samples(config: Config, source: SampleSource, classes: int) -> TrainSamples:
-    transform = EvalTransform(config.model.image_size, config.eval.crop_fraction)
+    e = config.eval
+    transform = EvalTransform(config.model.image_size, e.crop_fraction, e.resize, e.method, permutation(config))
     return TrainSamples(source, transform, channels=config.model.in_chans, num_classes=classes)
 
 

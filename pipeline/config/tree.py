@@ -66,6 +66,7 @@ class AugmentConfig:
     randaugment_layers: int = 2  # operations an image
     mixup_alpha: float = 0.0  # the paper's p; 0: no MixUp
     mixup_group: int | None = None  # slots that share one weight; None: train.global_batch_size
+    permute: str = "none"  # patches or pixels: the same for all images, in evaluation too (paper, figure 4)
 
 
 @dataclass
@@ -113,6 +114,8 @@ class EvalConfig:
     every: str | None = None  # None: only at the end
     batch_size: int | None = None  # per device; None: the micro-batch
     crop_fraction: float = 0.875  # of the resized image's shorter side; 1 keeps all of a square image
+    resize: str = "short"  # the shorter side, keeping the aspect ratio; square: both sides
+    method: str = "bilinear"  # antialiased; area: as big_vision evaluates
 
 
 @dataclass

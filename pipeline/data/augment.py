@@ -34,8 +34,8 @@ def uniforms(purpose: str, seed: int, epoch: int, sample_id: int, count: int) ->
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random-resized crop (Szegedy et al. 2015; "inception crop" in the paper, section 3), horizontal flip, and
-    RandAugment where it is given.
+    """Random-resized crop (Szegedy et al. 2015; "inception crop" in the paper, section 3), horizontal flip; where
+    given, RandAugment and a permutation of the pixels (`pixel_order`).
 
     `scale` is the cropped share of the area, `ratio` the aspect ratio's range; crop="resize" takes the whole image.
     """
@@ -47,6 +47,7 @@ class TrainTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     randaugment: RandAugment | None = None
+    order: np.ndarray | None = None
 
     def __call__(self, pixels: np.ndarray, epoch: int, sample_id: int) -> torch.Tensor:
         u = uniforms("augment", self.seed, epoch, sample_id, _CROP_DRAWS + 1)
@@ -60,7 +61,7 @@ class TrainTransform:
             # A stream of its own: crop and flip are the same with and without
             draws = uniforms("randaug", self.seed, epoch, sample_id, self.randaugment.draws)
             image = self.randaugment(image, draws)
-        return image
+        return reorder(image, self.order)
 
     def crop_box(self, height: int, width: int, u: np.ndarray) -> tuple[int, int, int, int]:
         """(top, left, height, width): ten tries, then the largest centred box of an allowed aspect ratio."""
@@ -78,21 +79,38 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize the shorter side to size / crop_fraction, then cut the centre ("resmall-crop" in the paper)."""
+    """Resize to size / crop_fraction, then cut the centre.
+
+    shape="short" resizes the shorter side and keeps the aspect ratio ("resmall-crop" in the paper), "square" makes both
+    sides that long ("resize-crop", table 2). method="bilinear" is antialiased; "area" averages over the area that a
+    pixel covers, as big_vision evaluates.
+    """
 
     size: int
     crop_fraction: float = 0.875
+    shape: str = "short"
+    method: str = "bilinear"
+    order: np.ndarray | None = None
 
     def __call__(self, pixels: np.ndarray) -> torch.Tensor:
         height, width = pixels.shape[:2]
         short = round(self.size / self.crop_fraction)
-        if height < width:
+        if self.shape == "square":
+            new = short, short
+        elif height < width:
             new = short, max(round(short * width / height), self.size)
         else:
             new = max(round(short * height / width), self.size), short
-        image = resize(pixels, *new)
+        image = (resize_area if self.method == "area" else resize)(pixels, *new)
         top, left = (new[0] - self.size) // 2, (new[1] - self.size) // 2
-        return image[:, top : top + self.size, left : left + self.size].contiguous()
+        return reorder(image[:, top : top + self.size, left : left + self.size].contiguous(), self.order)
+
+
+def reorder(image: torch.Tensor, order: np.ndarray | None) -> torch.Tensor:
+    """uint8 [C, H, W] with its pixels (row by row) taken from the places in `order`, int64 [H * W]."""
+    if order is None:
+        return image
+    return torch.from_numpy(np.take(image.flatten(1).numpy(), order, axis=1)).view(image.shape)
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
@@ -101,6 +119,27 @@ def resize(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
     if image.shape[1:] == (height, width):
         return image.contiguous()
     return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0].contiguous()
+
+
+def resize_area(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """Mean over the area that each new pixel covers, rounded down as big_vision's cast does; otherwise as `resize`."""
+    image = _mean_over_rows(pixels.astype(np.float64), height)
+    image = _mean_over_rows(image.swapaxes(0, 1), width).swapaxes(0, 1)
+    levels = np.floor(image + 1e-6).astype(np.uint8)  # a mean of equal levels must not fall below them
+    return torch.from_numpy(np.ascontiguousarray(levels.transpose(2, 0, 1)))
+
+
+def _mean_over_rows(pixels: np.ndarray, rows: int) -> np.ndarray:
+    """float64 [H, ...] -> [rows, ...]: row i is the mean over [i, i + 1) * H / rows, ends counted by their share."""
+    scale = pixels.shape[0] / rows
+    first, last = np.arange(rows) * scale, np.arange(1, rows + 1) * scale
+    total = np.zeros((rows, *pixels.shape[1:]))
+    for tap in range(math.ceil(scale) + 1):
+        row = np.floor(first) + tap
+        share = np.clip(np.minimum(last, row + 1) - np.maximum(first, row), 0, None) / scale
+        share = share.reshape(-1, *(1,) * (pixels.ndim - 1))
+        total += share * pixels[np.minimum(row, pixels.shape[0] - 1).astype(np.int64)]
+    return total
 
 
 def keep_mask(drop_rates: np.ndarray, seed: int, epoch: int, sample_id: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.augment import EvalTransform, TrainTransform, keep_mask, normalize, resize, uniforms
+from pipeline.data.augment import EvalTransform, TrainTransform, keep_mask, normalize, resize, resize_area, uniforms
 from pipeline.data.decode import decode_image
 
 
@@ -192,3 +192,51 @@ def test_decoded_pixels_may_be_written_to():
     """torch warns of memory that may not; such a warning in every worker would be noise on a user's terminal."""
     for data in (png(picture(1)), simplejpeg.encode_jpeg(picture(1, 40, 40))):
         assert decode_image(data).flags.writeable
+
+
+# --------------------------------------------------------------------------- other ways to resize and to cut
+
+
+def area_mean(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Every source pixel's share of every new pixel, written out. float [height, width, C]."""
+    weights = []
+    for old, new in [(pixels.shape[0], height), (pixels.shape[1], width)]:
+        w = np.zeros((new, old))
+        for i in range(new):
+            for j in range(old):
+                w[i, j] = max(0.0, min((i + 1) * old / new, j + 1) - max(i * old / new, j)) * new / old
+        weights.append(w)
+    return np.einsum("yh,xw,hwc->yxc", *weights, pixels.astype(float))
+
+
+@pytest.mark.parametrize("size", [(40, 60, 16, 16), (37, 23, 30, 50), (9, 9, 9, 9), (64, 8, 5, 31), (1, 1, 4, 4)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_area_resize_is_the_mean_over_what_a_pixel_covers(size, channels):
+    height, width, new_height, new_width = size
+    pixels = picture(1, height, width, channels)
+    expected = np.floor(area_mean(pixels, new_height, new_width) + 1e-7)
+    assert distance(resize_area(pixels, new_height, new_width), expected) == 0
+
+
+def test_area_resize_is_pillows_box_filter_when_it_shrinks_by_whole_numbers():
+    pixels = picture(2, 60, 90)
+    expected = np.asarray(Image.fromarray(pixels).resize((30, 20), Image.Resampling.BOX))
+    assert distance(resize_area(pixels, 20, 30), expected) <= 1  # Pillow rounds
+
+
+def test_area_resize_leaves_a_plain_colour_alone():
+    for level in range(256):
+        assert (resize_area(np.full((7, 11, 1), level, np.uint8), 5, 3) == level).all()
+
+
+@pytest.mark.parametrize("height, width", [(40, 60), (60, 40), (33, 33), (5, 200)])
+def test_evaluation_by_area_and_by_square(height, width):
+    pixels = picture(3, height, width)
+    square = pillow_resize(pixels, 18, 18)[1:17, 1:17]
+    assert distance(EvalTransform(16, 16 / 18, shape="square")(pixels), square) <= 2
+    scale = 18 / min(height, width)
+    new = (18, round(width * scale)) if height < width else (round(height * scale), 18)
+    whole = np.floor(area_mean(pixels, *new) + 1e-7)
+    top, left = (new[0] - 16) // 2, (new[1] - 16) // 2
+    expected = whole[top : top + 16, left : left + 16]
+    assert distance(EvalTransform(16, 16 / 18, method="area")(pixels), expected) == 0
