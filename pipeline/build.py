@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,15 @@ from data_tools.errors import UserError
 from pipeline.checkpoint.layout import MANIFEST, CheckpointReader, InitialState, WeightsOnly, load_pieces
 from pipeline.checkpoint.manager import CheckpointManager, Retention, choose
 from pipeline.checkpoint.place import checkpoint_root, place
-from pipeline.config import Config
+from pipeline.config import Config, train_sets
+from pipeline.config.sets import parse_share
 from pipeline.data.augment import EvalTransform, TrainTransform
 from pipeline.data.loader import PADDING, Batch, Share, TrainSamples
 from pipeline.data.mixup import MixUp
-from pipeline.data.order import SampleOrder
+from pipeline.data.order import Order
 from pipeline.data.pixel_order import pixel_order
 from pipeline.data.randaugment import RandAugment
+from pipeline.data.sets import TrainingData, open_data
 from pipeline.data.source import EVAL_SPLITS, Access, SampleSource, TarSource, open_source
 from pipeline.data.store import is_url
 from pipeline.duration import Duration
@@ -83,7 +87,8 @@ class Parts:
     run: RunFolder
     engine: TrainEngine
     average: WeightAverage
-    order: SampleOrder
+    data: TrainingData
+    order: Order
     share: Share
     schedule: Schedule
     train_samples: TrainSamples
@@ -137,16 +142,13 @@ class Parts:
         load_pieces(self.engine.pieces(), reader)
         self.average.load(reader, has=any(kind == EMA for _, kind in reader.manifest.tensors))
         self.engine.finish_load(state["optimizer_step"])
-        source = self.train_samples.source
         batch = self.config.train.global_batch_size
         stored = state["order"]
-        if stored["manifest_sha"] != source.digest and "data.train" in self.allow:
-            fresh = self.order.state  # the new set's first epoch, under a number that was not used before
+        if not self.data.matches(stored) and "data.train" in self.allow:
+            fresh = self.order.state  # the new data's first epoch, under a number that was not used before
             self.order.state = replace(fresh, epoch=stored["epoch"] + 1)
         else:
-            self.order = SampleOrder.resume(
-                stored, source.shard_sizes, manifest_sha=source.digest, global_batch_size=batch
-            )
+            self.order = self.data.resume(stored, global_batch_size=batch, facts=self.run.data)
         self.schedule = Schedule.of(
             self.config, self.order.num_samples, state["step"], state["samples"], self.world.device.type == "cpu"
         )
@@ -205,7 +207,7 @@ class Parts:
                 f"{c.train.global_batch_size} = {share.micro_batch_size} x {world.size} ranks x "
                 f"{share.micro_steps} accumulated" + _padding(share, world.size, c.train.global_batch_size),
             ),
-            ("data", f"{self.train_samples.source.name}, {self.order.num_samples:,} samples{val}"),
+            ("data", self.data.describe(self.schedule.total_steps * c.train.global_batch_size) + val),
             (
                 "length",
                 f"{self.schedule.total_steps:,} steps ({c.train.duration}), {self.order.steps_per_epoch:,} an epoch",
@@ -225,23 +227,27 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
     c = config
     run = RunFolder(c.run.dir, checkpoint_root(c))
     mirror = place(c.checkpoint.mirror, c.checkpoint.storage_options) if c.checkpoint.mirror else None
-    # One process looks at all shards: of the run where they lie in a store, of each node where disks may be its own
-    check = world.is_main if is_url(c.data.train) else world.local_rank == 0
-    access = Access.of(config, check)
-    source = open_source(
-        c.data.train, "train", image_size=c.model.image_size, num_classes=c.model.num_classes, access=access
-    )
+
+    def checks(path: str) -> bool:
+        """One process looks at all shards: of the run where they lie in a store, of each node where disks may be its
+        own."""
+        return world.is_main if is_url(path) else world.local_rank == 0
+
+    if c.data.subset and not world.is_main:
+        world.barrier()  # rank 0 chooses the samples, the others find its file
+    data = open_training_data(c, run.data, checks)
+    if c.data.subset and world.is_main:
+        world.barrier()
+    source = data.source
     classes = num_classes(config, source)
-    val_source = open_val(config, source, check)
+    val_source = open_val(config, source, checks)
     batch = c.train.global_batch_size
     if world.size > batch:
         raise UserError(
             f"{world.size} ranks, but train.global_batch_size={batch}: start at most {batch} processes, or "
             "raise the batch"
         )
-    order = SampleOrder(
-        source.shard_sizes,
-        manifest_sha=source.digest,
+    order = data.begin(
         seed=c.run.seed,
         global_batch_size=batch,
         lanes=c.data.lanes,
@@ -290,6 +296,7 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         run,
         engine,
         WeightAverage(engine, c.train.ema_decay),
+        data,
         order,
         share,
         Schedule.of(config, order.num_samples, on_cpu=on_cpu),
@@ -331,6 +338,24 @@ def mixup(config: Config) -> MixUp | None:
     return MixUp(a.mixup_alpha, a.mixup_group or batch, config.run.seed) if a.mixup_alpha else None
 
 
+def open_training_data(
+    config: Config, folder: Path | None = None, checks: Callable[[str], bool] = lambda path: True
+) -> TrainingData:
+    """data.train with data.subset. Raises UserError.
+
+    `folder` keeps which samples are in the subset; `checks(path)`: whether to look at every shard's size.
+    """
+    data, model = config.data, config.model
+
+    def open_set(path: str) -> SampleSource:
+        access = Access.of(config, checks(path))
+        return open_source(path, "train", image_size=model.image_size, num_classes=model.num_classes, access=access)
+
+    sets = [(s.path, s.weight) for s in train_sets(data.train)]
+    fraction = parse_share(data.subset) if data.subset else None
+    return open_data(sets, open_set, share=data.subset, fraction=fraction, folder=folder)
+
+
 def patch_size(config: Config) -> int | None:
     """Pixels of a patch's side, for pictures of the token grid; None for models without patches."""
     from pipeline.model import variants
@@ -352,21 +377,28 @@ def num_classes(config: Config, source: SampleSource) -> int:
     return asked
 
 
-def open_val(config: Config, train: SampleSource, check: bool = True) -> SampleSource | None:
-    """The evaluation split: data.val, else that of data.train, else none. It is called val, validation or test."""
+def open_val(
+    config: Config, train: SampleSource, checks: Callable[[str], bool] = lambda path: True
+) -> SampleSource | None:
+    """The evaluation split: data.val, else that of data.train (of its first set that has one), else none.
+
+    It is called val, validation or test. `checks(path)`: whether to look at every shard's size.
+    """
     path = config.data.val
     if path == "none":
         return None
     if path is None:
-        if not set(EVAL_SPLITS) & set(train.splits):
+        sources = getattr(train, "sources", [train])
+        paths = [s.path for s in train_sets(config.data.train)]
+        path = next((p for p, s in zip(paths, sources) if set(EVAL_SPLITS) & set(s.splits)), None)
+        if path is None:
             return None
-        path = config.data.train
     source = open_source(
         path,
         *EVAL_SPLITS,
         image_size=config.model.image_size,
         num_classes=config.model.num_classes,
-        access=Access.of(config, check),
+        access=Access.of(config, checks(path)),
     )
     if isinstance(source, TarSource):
         source.sequential = True

@@ -173,12 +173,11 @@ def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
 
     import torch
 
-    from pipeline.build import eval_samples, num_classes, open_source, open_val
+    from pipeline.build import eval_samples, num_classes, open_training_data, open_val
     from pipeline.checkpoint.layout import CheckpointReader
     from pipeline.checkpoint.manager import choose
     from pipeline.data.augment import normalize
     from pipeline.data.loader import Batch, eval_batches
-    from pipeline.data.source import Access
     from pipeline.evaluate import evaluate
     from pipeline.losses import make_loss
     from pipeline.model import create_model
@@ -191,16 +190,10 @@ def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
     damage = reader.damage(reader.manifest.files)
     if damage:
         raise UserError(f"{damage}; evaluate another checkpoint (`--checkpoint step-N`)")
-    train = open_source(
-        config.data.train,
-        "train",
-        image_size=config.model.image_size,
-        num_classes=config.model.num_classes,
-        access=Access.of(config),
-    )
+    train = open_training_data(replace(config, data=replace(config.data, subset=None))).source
     source = open_val(config, train)
     if source is None:
-        raise UserError(f"{config.data.train} has no val split: give one with data.val=FOLDER")
+        raise UserError(f"{train.name} has no val split: give one with data.val=FOLDER")
     classes = num_classes(config, train)
     world = World.join()
     reader = CheckpointReader(world.broadcast(reader.folder))  # of a run in progress, ranks may see another last one

@@ -2,6 +2,7 @@
 
     RUN/ config.yaml  command.txt  env.json  events.jsonl  STATUS.json  metrics.jsonl  tb/  logs/  eval/
          ledger/rank-00000.jsonl    what reached the model: one line a step, this rank's digest
+         data/                      what the training data was: its shards, and which samples a subset holds
          checkpoints/   FINISHED   STOP (what `mixer stop` asks for)
          logs/<job>.<restart>/      of each start: see `pipeline.logs`
 
@@ -57,6 +58,7 @@ class RunFolder:
         self.finished = self.path / "FINISHED"
         self.stop = self.path / "STOP"
         self.tensorboard = self.path / "tb"
+        self.data = self.path / "data"
         self._lock: TextIO | None = None
 
     def stop_request(self) -> str | None:

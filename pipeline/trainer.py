@@ -276,6 +276,7 @@ class Trainer:
             "device": str(world.device),
         }
         if world.is_main:
+            parts.data.record(self.run.data)
             previous = state.get("written_by", {})
             event = "resume" if reader else "start"
             self.run.record(event, **facts, previous=previous, seconds=round(time.perf_counter() - started, 3))
@@ -400,6 +401,7 @@ class Trainer:
         """What an audit needs to know of a start: where in the order it began."""
         return {
             "order": self.parts.order.state.to_dict(),
+            "data": {"train": self.config.data.train, "subset": self.config.data.subset},
             "global_batch_size": self.config.train.global_batch_size,
         }
 

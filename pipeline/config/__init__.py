@@ -11,6 +11,7 @@ from pipeline.config.check import validate
 from pipeline.config.load import LoadedConfig, load_config
 from pipeline.config.recipes import find_recipe, list_recipes
 from pipeline.config.resume import Change, diff_configs, resume_kind
+from pipeline.config.sets import TrainSet, train_sets
 from pipeline.config.show import format_config, to_yaml
 from pipeline.config.tree import (
     AugmentConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "RunConfig",
     "SchedulerConfig",
     "TrainConfig",
+    "TrainSet",
     "diff_configs",
     "find_recipe",
     "format_config",
@@ -57,5 +59,6 @@ __all__ = [
     "load_config",
     "resume_kind",
     "to_yaml",
+    "train_sets",
     "validate",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from omegaconf import MISSING
 
 from data_tools.errors import UserError
+from pipeline.config.sets import subset_problems, train_problems
 from pipeline.config.tree import Config, alternatives, get_value, schema
 from pipeline.duration import Duration
 
@@ -45,7 +46,8 @@ def refuse_missing(keys: Iterable[str]) -> None:
 def validate(config: Config) -> None:
     """Check every value and how they fit together. Raises one UserError with a line for each problem."""
     refuse_missing(key for key in HOW_TO_SET if get_value(config, key) == MISSING)
-    problems = [*_choice_problems(config), *_range_problems(config)]
+    data = [*train_problems(config.data.train), *subset_problems(config.data.subset)]
+    problems = [*_choice_problems(config), *_range_problems(config), *data]
     if not problems:  # what fits together is only worth saying of values that make sense alone
         problems = [*_duration_problems(config), *_cross_problems(config)]
     if problems:
@@ -128,7 +130,7 @@ def _range_problems(config: Config) -> Iterator[str]:
         yield f"augment.scale: {scale} must be [low, high], shares of the area, with 0 < low <= high <= 1"
     if len(ratio) != 2 or not (0 < ratio[0] <= ratio[1] < math.inf):
         yield f"augment.ratio: {ratio} must be [low, high], widths over heights, with 0 < low <= high"
-    for key in ("run.name", "run.dir", "model.name", "data.train", "data.val"):
+    for key in ("run.name", "run.dir", "model.name", "data.val"):
         if get_value(config, key) == "":
             yield f"{key}: must not be empty"
     if config.data.val == "None":

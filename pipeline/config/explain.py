@@ -69,6 +69,8 @@ def _expected(key: str) -> str:
     if get_origin(hint) is list:
         (item,) = get_args(hint)
         return {float: "a list of numbers", str: "a list of texts"}[item]
+    if hint is Any:
+        return "a data set's folder or a list of {path, weight}"
     return " or ".join(names[t] for t in alternatives(hint))
 
 

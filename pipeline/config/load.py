@@ -181,15 +181,16 @@ def _parse_value(key: str, text: str) -> Any:
     try:
         if _is_text(key):
             node = yaml.compose(text, Loader=yaml.SafeLoader)
-            whole = isinstance(node, yaml.ScalarNode) and (node.style or node.tag == _NULL)
-            return _as_written(node, text) if whole and node.end_mark.index == len(text) else text
+            if not (schema()[key] is Any and isinstance(node, yaml.CollectionNode)):
+                whole = isinstance(node, yaml.ScalarNode) and (node.style or node.tag == _NULL)
+                return _as_written(node, text) if whole and node.end_mark.index == len(text) else text
         # One key around the value, so that OmegaConf's loader sees a document of the kind that it expects.
         document = "value: " + text
         loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(document)), resolve=False)
         assert isinstance(loaded, dict)
         return loaded["value"]
     except yaml.YAMLError as error:
-        if _is_text(key):
+        if _is_text(key) and not (schema()[key] is Any and text.startswith("[")):
             return text
         problem = getattr(error, "problem", None) or "not valid YAML"
         raise UserError(f"command line: {key}={text}: {problem}{_yaml_hint(text)}") from None
@@ -201,8 +202,12 @@ _NULL = "tag:yaml.org,2002:null"
 
 
 def _is_text(key: str) -> bool:
-    """Whether the key holds text (or none): then no YAML rule may turn it into something else."""
-    return str in alternatives(schema().get(key)) and int not in alternatives(schema().get(key))
+    """Whether the key holds text (or none): then no YAML rule may turn it into something else.
+
+    `Any` is text or a list (data.train).
+    """
+    hint = schema().get(key)
+    return hint is Any or (str in alternatives(hint) and int not in alternatives(hint))
 
 
 def _as_written(node: yaml.Node | None, value: Any) -> Any:

@@ -22,6 +22,7 @@ _ON_RESUME: dict[str, Kind] = {
     # A data set that merely moved has another path and the same samples. So the path is free; whether the
     # samples are the run's own is for the manifest's digest to say, once the data set is opened.
     "data.train": "free",
+    "data.subset": "free",  # part of that digest
     "data.val": "free",
     "data.num_workers": "free",
     "data.max_bad_fraction": "free",

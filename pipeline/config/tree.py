@@ -43,8 +43,9 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    train: str = MISSING  # a data set's folder, or `synthetic`
-    val: str | None = None  # None: the val split of `train`; a folder; or `none`
+    train: Any = MISSING  # a data set's folder, `synthetic`, or a mixture: a list of {path, weight}
+    subset: str | None = None  # "10%" of each set, by the hash of the samples' keys: 3% lies inside 10%; None: all
+    val: str | None = None  # None: the val split of `train` (of its first set with one); a folder; or `none`
     num_workers: int = 4
     max_bad_fraction: float = 1e-4
     corrupt_shards: str = "fail"  # a shard that is missing or not the indexed one; mask: its samples get weight 0

@@ -66,6 +66,10 @@ class SampleSource(Protocol):
         """What the bytes of these samples should have, int64: from the index, without reading them."""
         ...
 
+    def keys(self, shard: int) -> np.ndarray:
+        """64-bit hashes of the keys of one shard's samples, uint64: from the index."""
+        ...
+
 
 @dataclass(frozen=True)
 class Access:
@@ -189,6 +193,9 @@ class TarSource:
                     raise
                 crcs[here] = 0  # masked: none of its samples can have been used
         return crcs
+
+    def keys(self, shard: int) -> np.ndarray:
+        return self.rows(shard)["key"]
 
     def rows(self, shard: int) -> np.ndarray:
         """The shard's index, verified against the manifest. Raises DamagedShard."""

@@ -20,7 +20,7 @@ from data_tools.manifest import DatasetManifest
 from pipeline.checkpoint.layout import CheckpointReader
 from pipeline.checkpoint.manager import choose
 from pipeline.checkpoint.place import MANIFEST, checkpoint_root, place
-from pipeline.config import Config, load_config
+from pipeline.config import Config, load_config, train_sets
 from pipeline.data.augment import normalize
 from pipeline.data.loader import Batch
 from pipeline.model import create_model
@@ -97,7 +97,7 @@ class TrainedModel:
         with suppress(OSError):
             return json.loads((self.folder / CLASSES).read_text())
         with suppress(UserError, OSError):
-            return DatasetManifest.load(self.config.data.train).classes
+            return DatasetManifest.load(train_sets(self.config.data.train)[0].path).classes
         return None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
