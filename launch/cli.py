@@ -16,6 +16,7 @@ import typer
 from data_tools.cli import data_app, shard
 from data_tools.errors import UserError
 from launch.checkpoints import checkpoint_app
+from launch.cli_cluster import launch_slurm, launch_torchrun
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,12 +26,14 @@ app = typer.Typer(
     help="Pretrain MLP-Mixer and its relatives: shard a corpus, train on it, resume whatever happened.",
     epilog="`mixer COMMAND --help` shows examples. `--debug` anywhere shows tracebacks.",
 )
-launch_app = typer.Typer(no_args_is_help=True, help="Start trainings on this machine.")
+launch_app = typer.Typer(no_args_is_help=True, help="Start trainings: on this machine, on SLURM, on hosts.")
 
 app.command()(shard)
 app.add_typer(data_app, name="data")
 app.add_typer(launch_app, name="launch")
 app.add_typer(checkpoint_app, name="checkpoint")
+launch_app.command("slurm")(launch_slurm)
+launch_app.command("torchrun")(launch_torchrun)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings: key=value ...", show_default=False)]
 Allow = Annotated[str, typer.Option(help="Keys that a resumed run may change although they change its meaning.")]
@@ -93,10 +96,18 @@ def train(
 def resume(
     run: Annotated[str, typer.Argument(help="A run folder.")],
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Processes. Default: as many as last time.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes here. Default: as many as last time.")] = None,
     allow: Allow = "",
+    nodes: Annotated[str | None, typer.Option(help="Of a submitted run: as in `mixer launch slurm`.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Of a submitted run: print the job script.")] = False,
+    refresh_code: Annotated[
+        bool, typer.Option("--refresh-code", help="Of a submitted run: take today's code.")
+    ] = False,
 ) -> None:
     """Go on with a run from its last good checkpoint, on any number of processes and under any strategy.
+
+    A run that was submitted to SLURM is submitted again, with the code that it was
+    submitted with; --nproc goes on here instead.
 
     Examples:
 
@@ -105,11 +116,20 @@ def resume(
       mixer resume runs/b16 --nproc 4 train.strategy=fsdp
 
       mixer resume runs/b16 train.duration="20 epochs"
+
+      mixer resume /runs/b16 --nodes 4-6
     """
+    from launch.cli_cluster import resubmit, was_submitted
     from pipeline.cli import existing_run
     from pipeline.run import read_lines
 
     folder = existing_run(run)
+    if was_submitted(run) and nproc is None:
+        resubmit(run, overrides or [], nodes, allow, dry_run, refresh_code)
+        return
+    if nodes or dry_run or refresh_code:
+        raise UserError(f"{run} was not submitted from here, so --nodes, --dry-run and --refresh-code mean nothing")
+    (folder.path / "STOP").unlink(missing_ok=True)
     starts = [e for e in read_lines(folder.events) if e["event"] in ("start", "resume")]
     last = starts[-1]["world_size"] if starts else None
     settings = [f"run.dir={folder.path}", *(overrides or [])]
@@ -259,7 +279,7 @@ def main() -> None:
         os.environ["MIXER_DEBUG"] = "1"  # for the training processes
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if under_torchrun:
-        from launch.local import die_with_parent, show_presence
+        from launch.processes import die_with_parent, show_presence
 
         die_with_parent()
         show_presence()
@@ -286,9 +306,11 @@ def main() -> None:
         if error is None:
             _last_words(None, 0)
         if under_torchrun and isinstance(code, int):
-            from launch.local import report_outcome
+            from launch.processes import ELASTIC, report_outcome
 
             report_outcome(code)
+            if code == 75 and ELASTIC in os.environ:
+                code = 0  # else torchrun would start it again
             if code not in (0, 75) and not debug:  # nothing is left to tidy up, and cleaning up after peers can hang
                 sys.stdout.flush()
                 sys.stderr.flush()

@@ -24,7 +24,7 @@ from typing import Any
 
 from data_tools.errors import UserError
 from launch.demo_report import draw, examine, interrupted_run, show, undisturbed_run
-from launch.local import die_with_parent
+from launch.processes import die_with_parent
 from pipeline.run import RunFolder
 
 KILL_BETWEEN = 0.36, 0.62  # shares of the steps; the kill itself comes a little later

@@ -6,60 +6,20 @@ knows: was it an error that a restart cannot mend, was it asked to stop, has it 
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import os
 import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TextIO
 
 from data_tools.errors import UserError
 from launch.failure import first_failure
+from launch.processes import Agent, Outcome, torchrun_arguments
 from pipeline.checkpoint.place import checkpoint_root, committed_steps
 from pipeline.cli import EXIT_SAVED
 from pipeline.config import Config
 from pipeline.logs import LOGS, StartLogs, new_local_start
 from pipeline.run import RunFolder
 
-OUTCOME_FILE = "MIXER_OUTCOME_FILE"
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR2)
-_AGENT_SIGNALS = "SIGTERM,SIGINT,SIGUSR1,SIGUSR2"
-_SAVE_SECONDS = 600
-
-
-def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Asks the kernel (Linux) for a signal when the parent ends, however it ends: no process is left over."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
-
-
-_presence: TextIO | None = None
-
-
-def show_presence() -> None:
-    """A training process holds a lock for as long as it lives; so the launcher sees when the last one has ended.
-
-    It matters where torchrun itself was killed: the ranks save and end some time later, and a restart meanwhile would
-    find them in its run folder.
-    """
-    global _presence
-    path = os.environ.get(OUTCOME_FILE)
-    if path:
-        _presence = open(path + ".alive", "a+")  # noqa: SIM115 - held on purpose
-        fcntl.lockf(_presence, fcntl.LOCK_SH)
-
-
-def report_outcome(code: int) -> None:
-    """A training process tells the launcher its exit code; torchrun keeps only the fact that it was not 0."""
-    path = os.environ.get(OUTCOME_FILE)
-    if path:
-        with open(path, "a") as f:
-            f.write(f"{code}\n")
 
 
 def default_nproc() -> int:
@@ -75,7 +35,7 @@ class LocalLauncher:
     def __init__(self, command: Sequence[str], config: Config, nproc: int, max_restarts: int):
         self.command, self.nproc, self.max_restarts = list(command), nproc, max_restarts
         self.run = RunFolder(config.run.dir, checkpoint_root(config))
-        self._agent: subprocess.Popen[bytes] | None = None
+        self._agent: Agent | None = None
         self._stopping = False
         self._logs: StartLogs | None = None
 
@@ -89,13 +49,13 @@ class LocalLauncher:
         fruitless = 0
         while True:
             before = committed_steps(self.run.checkpoints)
-            codes, agent_code = self._start_once()
-            if agent_code == 0:
+            outcome = self._start_once()
+            if outcome.agent == 0:
                 return 0
-            agent_killed = agent_code < 0 and not self._stopping  # its ranks saved, but nobody asked for an end
-            if EXIT_SAVED in codes and not agent_killed:
+            agent_killed = outcome.agent < 0 and not self._stopping  # its ranks saved, but nobody asked for an end
+            if EXIT_SAVED in outcome.codes and not agent_killed:
                 return EXIT_SAVED
-            if UserError.exit_code in codes:
+            if UserError.exit_code in outcome.codes:
                 return UserError.exit_code
             if (
                 self._stopping or self.run.stop_request()
@@ -117,60 +77,22 @@ class LocalLauncher:
                 flush=True,
             )
 
-    def _start_once(self) -> tuple[list[int], int]:
-        with tempfile.TemporaryDirectory(prefix="mixer-") as scratch:
-            outcome = Path(scratch) / "outcome"
-            environment = {**os.environ, OUTCOME_FILE: str(outcome)}
-            if self.command[0] == "train" and "--smoke" not in self.command:
-                self._logs = new_local_start(self.run.path)
-                environment[LOGS] = str(self._logs.folder.resolve())
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.nproc)))
-            self._agent = subprocess.Popen(
-                [*torchrun(self.nproc), "-m", "launch.cli", *self.command],
-                env=environment,
-                preexec_fn=die_with_parent,
-            )
-            code = self._agent.wait()
-            self._wait_for_ranks(Path(f"{outcome}.alive"))
-            lines = outcome.read_text().split() if outcome.exists() else []
-            return [int(line) for line in lines], code
+    def _start_once(self) -> Outcome:
+        # A rendezvous of its own, and no restarts by torchrun
+        arguments = torchrun_arguments(self.nproc, "--standalone", "--max-restarts=0")
+        environment = {**os.environ}
+        if self.command[0] == "train" and "--smoke" not in self.command:
+            self._logs = new_local_start(self.run.path)
+            environment[LOGS] = str(self._logs.folder.resolve())
+        self._agent = Agent(arguments, self.command, self.nproc, environment)
+        return self._agent.wait()
 
     def _cause(self) -> str:
         """The first failure of the latest start, in a few words."""
         failure = first_failure(self._logs) if self._logs else None
         return failure.headline if failure else "torchrun itself was killed"
 
-    def _wait_for_ranks(self, presence: Path) -> None:
-        """Until no training process of this start is left; at once, unless torchrun was killed."""
-        deadline = time.monotonic() + _SAVE_SECONDS
-        with open(presence, "a+") as f:
-            while True:
-                try:
-                    fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except (BlockingIOError, PermissionError):
-                    if time.monotonic() > deadline:
-                        raise UserError(
-                            f"torchrun is gone, but its training processes do not end; see {self.run.path / '.lock'} "
-                            "for one of them, kill them, then `mixer resume`"
-                        ) from None
-                    time.sleep(0.1)
-
     def _forward(self, number: int, frame: object) -> None:
         self._stopping = True
         if self._agent:
             self._agent.send_signal(number)
-
-
-def torchrun(nproc: int) -> list[str]:
-    """The torchrun command for one machine: private rendezvous, no restarts of its own, signals passed on."""
-    return [
-        sys.executable,
-        "-m",
-        "launch.agent",
-        "--standalone",
-        f"--nproc-per-node={nproc}",
-        "--max-restarts=0",
-        f"--signals-to-handle={_AGENT_SIGNALS}",
-        f"--shutdown-timeout={_SAVE_SECONDS}",
-    ]

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.errors import UserError
-from pipeline.checkpoint.place import checkpoint_places, checkpoint_root, committed_steps
-from pipeline.config import Config, diff_configs, load_config, to_yaml
+from pipeline.checkpoint.place import checkpoint_root
+from pipeline.config import Config, load_config
 from pipeline.logs import StartLogs
 from pipeline.pulse import Pulse
 from pipeline.run import RunFolder, read_lines, replace_file
 from pipeline.stop import StopFlag
+from pipeline.takeover import take_over_run
 
 if TYPE_CHECKING:
     from pipeline.parallel.world import World
@@ -47,6 +48,7 @@ def run_training(config: Config, allow: set[str], logs: StartLogs | None = None,
     flag = StopFlag().install()
     quiet_libraries()
     from pipeline.build import build
+    from pipeline.parallel.check import check_group
     from pipeline.parallel.world import World
     from pipeline.trainer import Trainer
 
@@ -55,14 +57,17 @@ def run_training(config: Config, allow: set[str], logs: StartLogs | None = None,
         problem = None
         if world.is_main:
             try:
-                _held = take_over_run(
-                    config, allow, logs.name if logs else ""
-                )  # the lock goes with the object: kept until this returns
+                # the lock goes with the object: kept until this returns
+                _held = take_over_run(config, allow, logs.name if logs else "")
             except (UserError, OSError) as e:
                 problem = str(e)
         problem = world.broadcast(problem)
         if problem:
             raise UserError(problem)
+        if os.environ.get("MIXER_CHECK_GROUP") and world.size > 1:
+            speed = check_group(world)
+            if world.is_main:
+                RunFolder(config.run.dir).record("all_reduce", world_size=world.size, gb_per_s=speed)
         outcome = Trainer(build(config, world, allow), flag=flag, logs=logs, pulse=pulse).train()
         return 0 if outcome == "finished" else EXIT_SAVED
 
@@ -82,45 +87,6 @@ def group_left_last(world: World) -> Iterator[None]:
     finally:
         gc.collect()
         world.leave()
-
-
-def take_over_run(config: Config, allow: set[str], logs: str = "") -> RunFolder:
-    """Locks the run folder, compares with what it was started with, writes down what runs now.
-
-    Raises:
-        UserError: another training holds the folder; or a key changed that a resume may not change.
-    """
-    run = RunFolder(config.run.dir, checkpoint_root(config))
-    run.lock(logs)
-    run.identity(make=True)
-    old = load_config(str(run.config)).config if run.config.exists() else None
-    if old is not None and any(committed_steps(root) for c in (old, config) for root in checkpoint_places(c)):
-        changes = [c for c in diff_configs(old, config) if c.key != "run.dir"]
-        moved = [c for c in changes if c.key == "checkpoint.dir"]
-        if moved and not committed_steps(run.checkpoints):
-            raise UserError(
-                f"{run.checkpoints} holds no checkpoint, {checkpoint_root(old)} does ({moved[0]}): "
-                "copy them there first, or keep checkpoint.dir"
-            )
-        refused = [c for c in changes if c.kind == "refused"]
-        if refused:
-            raise UserError(
-                f"{run.path} is a run with other settings: {'; '.join(map(str, refused))}. These cannot "
-                "change within a run: set them back, or start a new run with another run.dir"
-            )
-        undeclared = [c for c in changes if c.kind == "declared" and c.key not in allow]
-        if undeclared:
-            keys = ",".join(c.key for c in undeclared)
-            raise UserError(
-                f"{run.path}: this changes what is optimised: {'; '.join(map(str, undeclared))}. "
-                f"If you mean it, add --allow {keys}"
-            )
-        if changes:
-            print("changed since the last start: " + "; ".join(map(str, changes)), flush=True)
-            run.record("config", changes=[{"key": c.key, "old": c.old, "new": c.new} for c in changes])
-    run.finished.unlink(missing_ok=True)  # written again at the end; a longer duration goes on from here
-    run.describe(to_yaml(config))
-    return run
 
 
 def run_smoke(config: Config) -> int:

@@ -72,21 +72,29 @@ class RunFolder:
         """Held until the process ends, however it ends. Raises UserError while another training holds it.
 
         logs: the name of this start's log folder, for those who look at the run.
+
+        Where MIXER_LOCK_PATIENCE is set (seconds: a requeued job) it waits for one that is about to end.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held on purpose
-        try:
-            # A POSIX lock is the process' own: data workers that outlive a killed trainer by some seconds do not hold
-            # it (they would inherit a flock), so a restart is not kept out
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                return  # a file system without locks: nobody can be kept out
-            self._lock.seek(0)
-            raise UserError(
-                f"{self.path}: another training writes into this run folder ({self._lock.read().strip()}); "
-                "stop it first, or choose another run.dir"
-            ) from None
+        deadline = time.monotonic() + float(os.environ.get("MIXER_LOCK_PATIENCE", "0"))
+        while True:
+            try:
+                # A POSIX lock is the process' own: data workers that outlive a killed trainer by some seconds do not
+                # hold it (they would inherit a flock), so a restart is not kept out
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as e:
+                if e.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                    return  # a file system without locks: nobody can be kept out
+                if time.monotonic() < deadline:
+                    time.sleep(0.5)
+                    continue
+                self._lock.seek(0)
+                raise UserError(
+                    f"{self.path}: another training writes into this run folder ({self._lock.read().strip()}); "
+                    "stop it first, or choose another run.dir"
+                ) from None
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}" + (f", logs in {logs}" if logs else ""))
         self._lock.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator
 
 from omegaconf import MISSING
@@ -29,7 +30,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "train.offload": ("none", "optimizer"),
     "train.activation_checkpointing": ("none", "block", "selective"),
     "logging.to": ("tensorboard", "wandb"),
+    "launch.requeue": ("auto", "scontrol", "resubmit", "never"),
 }
+
+_PATTERNS = (
+    ("launch.nodes", r"[1-9]\d*(-[1-9]\d*)?", "8 or 6-8"),
+    ("launch.time", r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE", '"24:00:00", "2-12:00:00" or "90" (minutes)'),
+)
 
 HOW_TO_SET = {
     "data.train": "data.train=FOLDER (what `mixer shard` wrote), or data.train=synthetic to run without data",
@@ -62,6 +69,13 @@ def _choice_problems(config: Config) -> Iterator[str]:
                 near = difflib.get_close_matches(str(item).lower(), choices, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
                 yield f"{key}: {item!r} is not one of its choices. {hint}(choices: {', '.join(choices)})"
+    for key, pattern, example in _PATTERNS:
+        value = get_value(config, key)
+        if value is not None and not re.fullmatch(pattern, value):
+            yield f"{key}: {value!r} must look like {example}"
+    low, _, high = config.launch.nodes.partition("-")
+    if low.isdigit() and high.isdigit() and int(high) < int(low):
+        yield f"launch.nodes: {config.launch.nodes!r} must be MIN-MAX, the smaller number first"
     micro = config.train.micro_batch_size
     if isinstance(micro, str) and micro != "auto":
         yield f"train.micro_batch_size: {micro!r} is neither a whole number nor auto"
@@ -88,6 +102,10 @@ def _range_problems(config: Config) -> Iterator[str]:
         "checkpoint.keep_last": 1,
         "launch.nproc": 1,
         "launch.max_restarts": 0,
+        "launch.gpus_per_node": 0,
+        "launch.cpus_per_node": 1,
+        "launch.signal_lead": 1,
+        "launch.max_requeues": 0,
         "train.shard_size": 1,
         "health.max_skipped": 1,
         "health.spike_factor": 1,

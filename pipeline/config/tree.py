@@ -147,8 +147,18 @@ class HealthConfig:
 
 @dataclass
 class LaunchConfig:
-    nproc: int | None = None  # None: one process a device
-    max_restarts: int = 3
+    """How many machines and processes, and what to do when they go away. `mixer launch slurm` sets most of it."""
+
+    nproc: int | None = None  # processes a machine; None: one a device
+    max_restarts: int = 3  # of processes that die, in a row, without a new checkpoint in between
+    nodes: str = "1"  # or "6-8": as many as SLURM has, also after a requeue
+    gpus_per_node: int | None = None
+    cpus_per_node: int | None = None  # None: all of them, and nobody else on the node
+    time: str | None = None  # as SLURM takes it: "24:00:00", "2-12:00:00", "90" (minutes)
+    signal_lead: int = 600  # seconds between the signal to save and the time limit: at least two steps and two saves
+    requeue: str = "auto"  # auto | scontrol | resubmit | never: how a job that saved goes on
+    max_requeues: int = 1000  # starts of the run's jobs since it was submitted
+    preflight: bool = True  # check every node before the first step
 
 
 @dataclass

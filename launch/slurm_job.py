@@ -1,0 +1,323 @@
+"""What runs in a SLURM job, on its first node: check the nodes, start the training on all of them, decide what next.
+
+`python -m launch.slurm_job train|eval RUN`, from the job script. SLURM itself requeues a job that loses a node; here it
+is decided what happens after everything else: saved before the time limit (requeue), processes died (again in this
+job), nodes unfit (another job without them), an error that a restart cannot mend, or the end.
+
+Standard library only: with containers it runs on the node's own Python.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_tools.errors import UserError
+from launch.jobs import book, booked, expand, seconds_of, submit_eval, submit_script
+from launch.preflight import MARK, compare
+from pipeline.logs import LOGS
+from pipeline.run import RunFolder, read_lines
+
+EXIT_SAVED, EXIT_HUNG = 75, 76
+_PREFLIGHT_SECONDS = 300.0
+_STEP_GRACE = 75.0  # more than srun's --wait: after that srun itself hangs, for instance on a node out of reach
+_LOCK_PATIENCE = 120
+_LIMIT_MARGIN = 15.0
+
+
+@dataclass
+class Result:
+    """How one start of the training processes ended, over all nodes."""
+
+    codes: list[int] = field(default_factory=list)  # of training processes
+    signals: set[str] = field(default_factory=set)
+    srun: int = 0
+
+
+class Job:
+    def __init__(self, run: Path):
+        self.run = RunFolder(run)
+        self.plan: dict[str, Any] = json.loads((run / "launch" / "submission.json").read_text())
+        self.id = os.environ["SLURM_JOB_ID"]
+        self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        self.nodes = expand(os.environ.get("SLURM_JOB_NODELIST") or os.environ.get("SLURM_NODELIST") or "")
+        self.logs = run / "logs" / f"{self.id}.{self.restart}"
+        self.stopping = False  # SLURM or a person ends this job
+        self._limit = time.monotonic() + _seconds_left(self.id)
+
+    # -- the life of a job ----------------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        """Exit code 0 finished, 75 saved and to be continued, else an error."""
+        if self.run.finished.exists():
+            say(f"{self.run.path} is finished: nothing to do")
+            return 0
+        if self._stop_asked():
+            say(f"{self.run.path / 'STOP'}: asked to end; `mixer resume` goes on")
+            return EXIT_SAVED
+        earlier = booked(self.run.path)
+        step = self._saved_step()
+        book(self.run.path, "started", self.id, restart=self.restart, nodes=self.nodes, step=step)
+        say(f"job {self.id} start {self.restart} on {', '.join(self.nodes)}, from step {max(step, 0)}")
+        problem = self._too_many(earlier, step)
+        if problem:
+            return self._end(1, "error", problem)
+        fruitless = attempt = 0
+        while True:
+            failed = self._preflight(attempt)
+            if failed:
+                return self._leave_out(failed)
+            before = self._saved_step()
+            book(self.run.path, "launched", self.id, restart=self.restart, attempt=attempt, step=before)
+            result = self._launch(attempt)
+            verdict = self._verdict(result)
+            if verdict is not None:
+                return verdict
+            attempt += 1
+            fruitless = 0 if self._saved_step() > before else fruitless + 1
+            if fruitless > self.plan["max_restarts"]:
+                return self._end(1, "died", f"the training processes died {fruitless} times without a new checkpoint")
+            say(f"a training process died; again from step {max(self._saved_step(), 0)} "
+                f"({fruitless} of launch.max_restarts={self.plan['max_restarts']} without progress)")  # fmt: skip
+
+    def _verdict(self, result: Result) -> int | None:
+        """The job's exit code, or None where the training is to be started again in this job."""
+        if result.srun == 0 and self.run.finished.exists():
+            return self._end(0, "finished")
+        if EXIT_SAVED in result.codes or result.signals or self.stopping:
+            if self._stop_asked():
+                return self._end(EXIT_SAVED, "stopped")
+            code = self._end(EXIT_SAVED, "saved")
+            if "SIGUSR2" in result.signals or time.monotonic() > self._limit - _LIMIT_MARGIN:
+                self._requeue("saved before the time limit or a preemption")
+            return code
+        if self._stop_asked():  # --now
+            return self._end(EXIT_SAVED, "stopped")
+        if UserError.exit_code in result.codes:
+            return self._end(1, "error", f"see {self.logs}, or `mixer why {self.run.path}`")
+        return None
+
+    def _end(self, code: int, why: str, message: str = "") -> int:
+        book(self.run.path, "ended", self.id, restart=self.restart, code=code, why=why)
+        say(f"{why}{': ' + message if message else ''} (exit code {code})")
+        return code
+
+    def _too_many(self, earlier: list[dict[str, Any]], step: int) -> str | None:
+        """Starts are capped by their number, and by progress, as restarts inside a job are."""
+        starts = sum(line["event"] == "started" for line in earlier)
+        if starts > self.plan["max_requeues"]:
+            return f"started {starts} times already (launch.max_requeues)"
+        fruitless = 0
+        for line in reversed([e for e in earlier if e["event"] == "launched" and e["attempt"] == 0]):
+            if line["step"] != step:
+                break
+            fruitless += 1
+        # One more than inside a job: a job that is lost while it starts has had no chance
+        if fruitless > self.plan["max_restarts"] + 1:
+            return (
+                f"{fruitless} starts in a row made no new checkpoint (launch.max_restarts); `mixer resume` tries again"
+            )
+        return None
+
+    def _saved_step(self) -> int:
+        return max((e["step"] for e in read_lines(self.run.events) if e["event"] == "save"), default=-1)
+
+    def _stop_asked(self) -> bool:
+        return (self.run.path / "STOP").exists()
+
+    # -- nodes ------------------------------------------------------------------------------------------------------
+
+    def _preflight(self, attempt: int) -> dict[str, list[str]]:
+        """node -> what is wrong with it. Before a second attempt too: what killed the first may still be there."""
+        if not self.plan["preflight"]:
+            return {}
+        started = time.monotonic()
+        gpus = str(self.plan["gpus_per_node"])
+        command = [*self._srun(f"--job-name=preflight-{attempt}", "--wait=0"), *self.plan["node_command"],
+                   "-m", "launch.preflight", str(self.run.path), gpus]  # fmt: skip
+        reports: dict[str, dict[str, Any]] = {}
+        skew: dict[str, float] = {}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace")
+        timer = threading.Timer(_PREFLIGHT_SECONDS if not attempt else _PREFLIGHT_SECONDS / 5, process.kill)
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(MARK):
+                report = json.loads(line.removeprefix(MARK))
+                reports[report["node"]] = report
+                skew[report["node"]] = report["clock"] - time.time()
+            else:
+                print(line, end="", flush=True)
+        process.wait()
+        timer.cancel()
+        if self.stopping:
+            return {}
+        failed = compare(reports, skew, self.plan["versions"])
+        silent = [node for node in self.nodes if node not in reports]
+        failed |= {node: ["no answer"] for node in silent}
+        seconds = round(time.monotonic() - started, 1)
+        book(self.run.path, "preflight", self.id, restart=self.restart, attempt=attempt, ok=not failed, failed=failed,
+             seconds=seconds)  # fmt: skip
+        for node, problems in failed.items():
+            say(f"preflight: {node} is unfit: {'; '.join(problems)}")
+        if not failed:
+            say(f"preflight: {len(reports)} nodes are fit ({seconds} s)")
+        return failed
+
+    def _leave_out(self, failed: dict[str, list[str]]) -> int:
+        """Another job without the nodes that failed; where all did, the fault is not theirs."""
+        if len(failed) == len(self.nodes) and any(p != ["no answer"] for p in failed.values()):
+            return self._end(1, "unfit", "every node fails the preflight: see above")
+        code = self._end(EXIT_SAVED, "unfit", f"going on without {', '.join(failed)}")
+        bad = set() if len(failed) == len(self.nodes) else set(failed)
+        return code if self._requeue("unfit: " + ", ".join(failed), bad) else 1
+
+    # -- the training processes -------------------------------------------------------------------------------------
+
+    def _srun(self, *more: str) -> list[str]:
+        n = len(self.nodes)
+        cpus = self.plan["cpus_per_node"]
+        # A step without --cpus-per-task would be bound to one CPU
+        width = [f"--cpus-per-task={cpus}"] if cpus else ["--cpu-bind=none"]
+        return ["srun", f"--nodes={n}", f"--ntasks={n}", "--ntasks-per-node=1", *width, *self.plan["srun"], *more]
+
+    def _launch(self, attempt: int) -> Result:
+        """One start on all nodes; returns when it has ended everywhere, or cannot be waited for any longer."""
+        outcomes = self.logs / f"outcome-{attempt}"
+        outcomes.mkdir(parents=True, exist_ok=True)
+        port = 10_000 + (int(self.id.split("_")[0]) * 17 + self.restart * 5 + attempt) % 20_000
+        identity = f"{self.id}.{self.restart}.{attempt}"
+        command = [
+            *self._srun("--job-name=train", "--kill-on-bad-exit=1", "--wait=60"), *self.plan["node_command"],
+            "-m", "launch.node", str(outcomes), self.nodes[0], str(port), identity, str(self.plan["processes"]),
+            "train", str(self.run.path / "launch" / "config.yaml"), f"run.dir={self.run.path}",
+            *(["--allow", self.plan["allow"]] if self.plan["allow"] else []),
+        ]  # fmt: skip
+        environment = {**os.environ, LOGS: str(self.logs), "MIXER_LOCK_PATIENCE": str(_LOCK_PATIENCE),
+                       "MIXER_CHECK_GROUP": "1"}  # fmt: skip
+        process = subprocess.Popen(command, env=environment, start_new_session=True)  # Ctrl-C is for this process
+        bad_since: float | None = None
+        while process.poll() is None:
+            time.sleep(0.2)
+            now = time.monotonic()
+            if bad_since is None and any(outcomes.glob("*.json")):
+                bad_since = now
+            if bad_since is not None and now - bad_since > _STEP_GRACE and not self._still_saving(outcomes):
+                say("srun does not end although a node did: it is left behind")
+                process.kill()
+                process.wait()
+            if now > self._limit - _LIMIT_MARGIN and not self.stopping and self.plan["requeue"] != "never":
+                self.stopping = True
+                self._requeue("the time limit is near and the training has not ended")
+        return self._read(outcomes, process.returncode)
+
+    def _still_saving(self, outcomes: Path) -> bool:
+        """Did every node that has ended end well? Then the others may still be writing."""
+        return all(EXIT_SAVED in o["codes"] or o["agent"] == 0 for o in _outcomes(outcomes))
+
+    def _read(self, outcomes: Path, srun: int) -> Result:
+        result = Result(srun=srun)
+        for outcome in _outcomes(outcomes):
+            result.codes += outcome["codes"]
+            result.signals |= set(outcome["signals"])
+        return result
+
+    # -- again --------------------------------------------------------------------------------------------------------
+
+    def _requeue(self, why: str, exclude: set[str] = frozenset()) -> bool:  # type: ignore[assignment]
+        """Sees to it that the run goes on later; False, and said aloud, where that is not to be or cannot be."""
+        how = self.plan["requeue"]
+        if how == "never" or (self.plan["chain"] > 1 and how == "auto" and not exclude):
+            say("the next job of the chain goes on" if self.plan["chain"] > 1 else "`mixer resume` goes on")
+            return False
+        if self._stop_asked():
+            return False
+        exclude = {*exclude, *(n for line in booked(self.run.path) if line["event"] == "preflight" and
+                               0 < len(line["failed"]) < len(self.nodes) for n in line["failed"])}  # fmt: skip
+        fresh = bool(exclude - set(_excluded(self.run.path, self.id)))  # a requeued job keeps what its sbatch excluded
+        if how in ("auto", "scontrol") and not fresh and shutil.which("scontrol"):
+            book(self.run.path, "requeued", self.id, restart=self.restart, how="scontrol", why=why)
+            done = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
+            if done.returncode == 0:
+                say(f"requeued: {why}")
+                return True
+            say(f"scontrol requeue failed: {done.stderr.strip()}")
+        if how in ("auto", "resubmit") or fresh:
+            always = [self.plan["profile"]["exclude"]] if self.plan["profile"]["exclude"] else []
+            options = [f"--exclude={','.join([*always, *sorted(exclude)])}"] if exclude else []
+            try:
+                job = submit_script(self.run.path, by="requeue", nodes=self.plan["nodes"], options=options)
+            except (UserError, OSError) as e:
+                say(f"cannot submit the next job: {e}")
+            else:
+                book(self.run.path, "requeued", self.id, restart=self.restart, how="resubmit", why=why)
+                say(f"submitted job {job}: {why}" + (f"; without {', '.join(sorted(exclude))}" if exclude else ""))
+                if self.plan["then_eval"]:
+                    submit_eval(self.run.path, job)  # the one that waits for this job goes away with it
+                return True
+        say(f"cannot requeue from this node (launch.requeue={how}): `mixer resume {self.run.path}` on a login node")
+        return False
+
+    # -- signals, evaluation ------------------------------------------------------------------------------------------
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """SLURM signals the training processes itself; only Ctrl-C in an salloc has to be passed on."""
+        if number == signal.SIGINT and not self.stopping:
+            subprocess.Popen(["scancel", "--signal=TERM", self.id])
+        self.stopping = True
+
+    def evaluate(self) -> int:
+        """The dependent job of --then-eval: on this node, all its devices."""
+        if not self.run.finished.exists():
+            say(f"{self.run.path} is not finished: nothing to evaluate")
+            return EXIT_SAVED
+        command = [*self._srun("--job-name=eval"), *self.plan["node_command"],
+                   "-m", "launch.cli", "eval", str(self.run.path), "--nproc", str(self.plan["processes"])]  # fmt: skip
+        return subprocess.run(command).returncode
+
+
+def _outcomes(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def _excluded(run: Path, job: str) -> list[str]:
+    lines = [line for line in booked(run) if line["event"] == "submitted" and line["job"] == job]
+    return lines[0].get("exclude", "").split(",") if lines else []
+
+
+def _seconds_left(job: str) -> float:
+    """Until the job's time limit; infinite where there is none, or SLURM does not say."""
+    try:
+        query = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return float("inf")
+    return float("inf") if query.returncode else seconds_of(query.stdout.strip())
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} mixer: {text}", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    action, run = arguments
+    try:
+        job = Job(Path(run))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, job.on_signal)
+        return job.train() if action == "train" else job.evaluate()
+    except UserError as e:
+        say(f"error: {e}")
+        return e.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

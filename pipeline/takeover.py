@@ -1,0 +1,79 @@
+"""Taking over a run folder at a start: lock it, compare with what it was started with, write down what runs now."""
+
+from __future__ import annotations
+
+import os
+
+from data_tools.errors import UserError
+from pipeline.checkpoint.place import checkpoint_places, checkpoint_root, committed_steps
+from pipeline.config import Change, Config, diff_configs, load_config, to_yaml
+from pipeline.run import RunFolder, read_lines
+
+
+def take_over_run(config: Config, allow: set[str], logs: str = "") -> RunFolder:
+    """Locks the run folder, compares with what it was started with, writes down what runs now.
+
+    Raises:
+        UserError: another training holds the folder; or a key changed that a resume may not change.
+    """
+    run = RunFolder(config.run.dir, checkpoint_root(config))
+    run.lock(logs)
+    run.identity(make=True)
+    refuse_endless_restarts(run)
+    changes = permitted_changes(run, config, allow)
+    if changes:
+        print("changed since the last start: " + "; ".join(map(str, changes)), flush=True)
+        run.record("config", changes=[{"key": c.key, "old": c.old, "new": c.new} for c in changes])
+    run.finished.unlink(missing_ok=True)  # written again at the end; a longer duration goes on from here
+    run.describe(to_yaml(config))
+    return run
+
+
+def refuse_endless_restarts(run: RunFolder) -> None:
+    """Where only torchrun restarts (MIXER_MAX_FRUITLESS is set), starts without a new checkpoint are counted here."""
+    limit = os.environ.get("MIXER_MAX_FRUITLESS")
+    if limit is None or "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return
+    fruitless = 0
+    for event in read_lines(run.events):
+        if event["event"] in ("start", "resume"):
+            fruitless += 1
+        elif event["event"] == "save":
+            fruitless = 0
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and fruitless > int(limit):
+        raise UserError(
+            f"{run.path}: started {fruitless} times without a new checkpoint in between (launch.max_restarts); "
+            f"see {run.path / 'logs'}"
+        )
+
+
+def permitted_changes(run: RunFolder, config: Config, allow: set[str]) -> list[Change]:
+    """What is other than at the last start of a run that has checkpoints; nothing for one that has none.
+
+    Raises:
+        UserError: a key changed that a resume may not change, or only after --allow.
+    """
+    old = load_config(str(run.config)).config if run.config.exists() else None
+    if old is None or not any(committed_steps(root) for c in (old, config) for root in checkpoint_places(c)):
+        return []
+    changes = [c for c in diff_configs(old, config) if c.key != "run.dir"]
+    moved = [c for c in changes if c.key == "checkpoint.dir"]
+    if moved and not committed_steps(run.checkpoints):
+        raise UserError(
+            f"{run.checkpoints} holds no checkpoint, {checkpoint_root(old)} does ({moved[0]}): "
+            "copy them there first, or keep checkpoint.dir"
+        )
+    refused = [c for c in changes if c.kind == "refused"]
+    if refused:
+        raise UserError(
+            f"{run.path} is a run with other settings: {'; '.join(map(str, refused))}. These cannot "
+            "change within a run: set them back, or start a new run with another run.dir"
+        )
+    undeclared = [c for c in changes if c.kind == "declared" and c.key not in allow]
+    if undeclared:
+        keys = ",".join(c.key for c in undeclared)
+        raise UserError(
+            f"{run.path}: this changes what is optimised: {'; '.join(map(str, undeclared))}. "
+            f"If you mean it, add --allow {keys}"
+        )
+    return changes
