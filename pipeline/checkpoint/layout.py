@@ -20,11 +20,12 @@ import xxhash
 from torch import Tensor
 
 from data_tools.errors import UserError
-from pipeline.checkpoint.place import MANIFEST, blocks, read_range, size, write_durably
-from pipeline.parallel.engine import BUFFER, EMA, WEIGHT, Piece
+from pipeline.checkpoint.place import MANIFEST, blocks, read_range, read_range_into, size, write_durably
+from pipeline.parallel.engine import BUFFER, EMA, MOMENTS, WEIGHT, Piece
 
 FORMAT_VERSION = 1
 STATE = "state.json"
+_MOMENTS = {kind for kinds in MOMENTS.values() for kind in kinds}
 _DTYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
@@ -206,29 +207,46 @@ class CheckpointReader:
         return self.manifest.tensors[name, kind]
 
     def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
+        first = next(self._runs(name, kind, offset, length), None)
+        if first is None:
+            return torch.empty(0)
+        out = torch.empty(length, dtype=self._entry(*first[:2])[1])
+        self.read_into(out, name, kind, offset)
+        return out
+
+    def read_into(self, out: Tensor, name: str, kind: str, offset: int) -> None:
+        """`read`, into memory that is there already: 1-D, contiguous, on the CPU."""
+        for file, key, at, first, count in self._runs(name, kind, offset, out.numel()):
+            try:
+                start, dtype = self._entry(file, key)
+                place = out[at : at + count]
+                space = place if dtype == out.dtype else torch.empty(count, dtype=dtype)
+                read_range_into(self.folder / file, start + first * dtype.itemsize, tensor_bytes(space))
+                if space is not place:
+                    place.copy_(space)
+            except (OSError, ValueError, KeyError) as e:
+                raise CheckpointError(f"{self.folder / file} cannot be read: {e}") from e
+
+    def _runs(self, name: str, kind: str, offset: int, length: int) -> Iterator[tuple[str, str, int, int, int]]:
+        """Where a range lies: (file, entry, index in the range, index in the entry, count)."""
         if not self.has(name, kind):
             raise CheckpointError(f"{self.folder} holds no {kind} of {name}: it is of another model")
-        parts = []
-        end = offset + length
         for at, count, file in self._where.get((name, kind), []):
-            first, last = max(offset, at), min(end, at + count)
+            first, last = max(offset, at), min(offset + length, at + count)
             if first < last:
-                parts.append(self._elements(file, piece_key(name, kind, at), first - at, last - first))
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+                yield file, piece_key(name, kind, at), first - offset, first - at, last - first
 
     def tensor(self, name: str, kind: str = WEIGHT) -> Tensor:
         """The whole tensor in its own shape."""
         shape = self.shape(name, kind)
         return self.read(name, kind, 0, prod(shape)).view(shape)
 
-    def _elements(self, file: str, key: str, first: int, count: int) -> Tensor:
-        """Elements [first, first + count) of one entry of a safetensors file."""
+    def _entry(self, file: str, key: str) -> tuple[int, torch.dtype]:
+        """(where an entry's elements begin in the file, their type)."""
         try:
             base, entries = self._header(file)
             entry = entries[key]
-            dtype = _TORCH_DTYPES[entry["dtype"]]
-            start = base + entry["data_offsets"][0] + first * dtype.itemsize
-            return torch.frombuffer(read_range(self.folder / file, start, count * dtype.itemsize), dtype=dtype)
+            return base + entry["data_offsets"][0], _TORCH_DTYPES[entry["dtype"]]
         except (OSError, ValueError, KeyError) as e:
             raise CheckpointError(f"{self.folder / file} cannot be read: {e}") from e
 
@@ -273,7 +291,7 @@ class WeightsOnly:
         self._reader = reader
 
     def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
-        if kind not in (WEIGHT, BUFFER, EMA):
+        if kind in _MOMENTS:
             return torch.zeros(length)
         return self._reader.read(name, WEIGHT if kind == EMA else kind, offset, length)
 
@@ -289,8 +307,10 @@ class InitialState:
         self._cached: tuple[str, Tensor] | None = None
 
     def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
-        if kind not in (WEIGHT, BUFFER, EMA):
+        if kind in _MOMENTS:
             return torch.zeros(length)
+        if kind not in (WEIGHT, BUFFER, EMA):
+            raise CheckpointError(f"no initial value for {kind} of {name}")
         if self._cached is None or self._cached[0] != name:
             self._cached = name, self._initial_value(name).reshape(-1)
         return self._cached[1][offset : offset + length]
@@ -300,5 +320,9 @@ class InitialState:
 def load_pieces(pieces: Iterable[Piece], source: StateSource) -> None:
     """Overwrites every piece in place with the source's values."""
     for piece in pieces:
-        if piece.data.numel():
+        if not piece.data.numel():
+            continue
+        if isinstance(source, CheckpointReader) and piece.data.device.type == "cpu" and piece.data.is_contiguous():
+            source.read_into(piece.data, piece.name, piece.kind, piece.offset)
+        else:
             piece.data.copy_(source.read(piece.name, piece.kind, piece.offset, piece.data.numel()))
