@@ -223,6 +223,36 @@ def export(
     raise typer.Exit(run_export(run, out, form, checkpoint, ema, dtype))
 
 
+@app.command()
+def finetune(
+    source: Annotated[str, typer.Argument(help="A run, one of its checkpoints, or what `mixer import` made.")],
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="finetune, or finetune_i1k, finetune_cifar, finetune_pets.")] = "finetune",
+    checkpoint: Annotated[str, typer.Option(help="last, best or step-N.")] = "last",
+    ema: Annotated[bool, typer.Option("--ema", help="Begin with the averaged weights.")] = False,
+    nproc: Nproc = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show values and their origin.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Try it: 3 steps, save, resume, evaluate.")] = False,
+) -> None:
+    """Train a model further on another set, with a new head: shards or a folder of images.
+
+    A higher resolution grows the token MLPs (paper, appendix C): a multiple of
+    the one it was trained at.
+
+    Examples:
+
+      mixer finetune runs/b16 data.train=/shards/cifar10 --recipe finetune_cifar
+
+      mixer finetune runs/l16 data.train=/shards/in1k --recipe finetune_i1k model.image_size=448
+
+      mixer finetune b16 data.train=pets/ run.dir=runs/pets optimizer.lr=0.01
+    """
+    from pipeline.weights.finetune import finetune_settings
+
+    recipe, settings = finetune_settings(source, recipe, overrides or [], checkpoint, ema)
+    train(recipe, settings, nproc, "", print_config, smoke)
+
+
 @app.command("import")
 def import_weights(
     source: Annotated[str, typer.Argument(help="An .npz or .safetensors file, a timm folder, a run, a checkpoint.")],

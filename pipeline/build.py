@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data_tools.errors import UserError
-from pipeline.checkpoint.layout import MANIFEST, CheckpointReader, InitialState, WeightsOnly, load_pieces
+from pipeline.checkpoint.layout import MANIFEST, CheckpointReader, InitialState, load_pieces
 from pipeline.checkpoint.manager import CheckpointManager, Retention, choose
 from pipeline.checkpoint.place import checkpoint_root, place
 from pipeline.config import Config, train_sets
@@ -33,9 +33,11 @@ from pipeline.model import create_model, model_cost
 from pipeline.model.flops import peak_flops
 from pipeline.model.mixer import init_parameter
 from pipeline.optim import param_groups
-from pipeline.parallel.engine import BUFFER, EMA, WEIGHT, EngineOptions, TrainEngine, make_engine
+from pipeline.parallel.engine import EMA, EngineOptions, TrainEngine, make_engine
 from pipeline.parallel.world import World
 from pipeline.run import RunFolder
+from pipeline.weights.begin import ForeignWeights, advice
+from pipeline.weights.shape import mismatches
 
 STATE_BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and two moments
 
@@ -131,8 +133,10 @@ class Parts:
             self.average.load(source, has=True)
             self.engine.finish_load(0)
             return {}
-        self._check_model(reader)
         state = reader.state()
+        if "order" not in state:
+            raise UserError(f"{self.run.path} holds imported weights, no run to go on with: see `mixer finetune`")
+        self._check_model(reader)
         mine, theirs = self.run.identity(), state.get("run_id")
         if mine and theirs and mine != theirs:
             raise UserError(
@@ -164,18 +168,36 @@ class Parts:
         damage = next((d for d in self.world.gather(damage) if d), None)
         if damage:
             raise UserError(f"run.init_from: {damage}")
-        moments = self.config.run.init_optimizer
-        self._check_model(reader, moments)
-        source = reader if moments else WeightsOnly(reader)
+        c = self.config.run
+        if c.init_optimizer:
+            self._check_model(reader)
+            load_pieces(self.engine.pieces(), reader)
+            self.average.load(reader, has=any(kind == EMA for _, kind in reader.manifest.tensors))
+            self.engine.finish_load(reader.state()["optimizer_step"])
+            return {}
+        source = ForeignWeights(
+            reader,
+            self.engine.shapes,
+            patch_size=self.patch_size,
+            new_head=c.init_head == "zero",
+            head_bias=self.config.loss.head_bias,
+            average=c.init_ema,
+        )
+        wrong = mismatches(source.shapes(), self.engine.shapes)
+        if wrong:
+            hints = advice(source, self.engine.shapes)
+            raise UserError("\n".join([f"run.init_from: {folder} is of another model:", *wrong, *hints]))
         load_pieces(self.engine.pieces(), source)
-        self.average.load(source, has=moments and any(kind == EMA for _, kind in reader.manifest.tensors))
-        self.engine.finish_load(reader.state()["optimizer_step"] if moments else 0)
+        self.average.load(source, has=False)
+        self.engine.finish_load(0)
+        if source.tiles > 1 and self.world.is_main:
+            print(f"token MLPs grown for {source.tiles}x{source.tiles} tiles (paper, appendix C)", flush=True)
         return {}
 
-    def _check_model(self, reader: CheckpointReader, moments: bool = True) -> None:
+    def _check_model(self, reader: CheckpointReader) -> None:
         mine, stored = self.engine.tensors(), reader.manifest.tensors
         for (name, kind), shape in mine.items():
-            if (moments or kind in (WEIGHT, BUFFER)) and stored.get((name, kind)) != shape:
+            if stored.get((name, kind)) != shape:
                 there = list(stored[name, kind]) if (name, kind) in stored else "nothing"
                 raise UserError(
                     f"{reader.folder} is of another model: {kind} of {name} is {list(shape)} here and "

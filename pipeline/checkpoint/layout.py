@@ -284,18 +284,6 @@ class CheckpointReader:
         return digest.hexdigest()
 
 
-class WeightsOnly:
-    """Another run's weights (its average where there is none is not looked at) under fresh, zero moments."""
-
-    def __init__(self, reader: CheckpointReader):
-        self._reader = reader
-
-    def read(self, name: str, kind: str, offset: int, length: int) -> Tensor:
-        if kind in _MOMENTS:
-            return torch.zeros(length)
-        return self._reader.read(name, WEIGHT if kind == EMA else kind, offset, length)
-
-
 class InitialState:
     """The state of a run that has not begun: keyed initial weights, zero moments.
 

@@ -15,6 +15,7 @@ from pipeline.config.tree import Config, alternatives, get_value, schema
 from pipeline.duration import Duration
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "run.init_head": ("keep", "zero"),
     "data.corrupt_shards": ("fail", "mask"),
     "data.read": ("auto", "pread", "chunk"),
     "augment.crop": ("inception", "resize"),
@@ -191,6 +192,8 @@ def _duration_problems(config: Config) -> Iterator[str]:
 
 def _cross_problems(config: Config) -> Iterator[str]:
     train, data = config.train, config.data
+    if config.run.init_optimizer and (config.run.init_head != "keep" or config.run.init_ema):
+        yield "run.init_optimizer takes the moments of the very same model: leave out run.init_head and run.init_ema"
     total = train.global_batch_size
     if isinstance(train.micro_batch_size, int) and train.micro_batch_size > total:
         yield (

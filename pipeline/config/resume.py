@@ -17,6 +17,8 @@ _ON_RESUME: dict[str, Kind] = {
     "run.dir": "free",
     "run.seed": "refused",
     "run.init_from": "free",  # only a fresh start reads it
+    "run.init_head": "free",
+    "run.init_ema": "free",
     "run.init_optimizer": "free",
     "model.*": "refused",
     # A data set that merely moved has another path and the same samples. So the path is free; whether the

@@ -17,6 +17,8 @@ class RunConfig:
     dir: str = "runs/${run.name}"
     seed: int = 0
     init_from: str | None = None
+    init_head: str = "keep"  # zero: a new head, for other classes
+    init_ema: bool = False  # its averaged weights
     init_optimizer: bool = False  # moments too: for a cool-down, or to go on with other data
 
 

@@ -59,6 +59,13 @@ class JoinedSource:
             crcs[here] = self.sources[i].crc32(sample_ids[here] - self._starts[i])
         return crcs
 
+    def labels(self) -> np.ndarray:
+        return np.concatenate([s.labels() for s in self.sources])
+
+    def sample_name(self, sample_id: int) -> str:
+        i = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
+        return self.sources[i].sample_name(sample_id - int(self._starts[i]))
+
     def keys(self, shard: int) -> np.ndarray:
         for s in self.sources:
             if shard < len(s.shard_sizes):

@@ -70,6 +70,14 @@ class SampleSource(Protocol):
         """64-bit hashes of the keys of one shard's samples, uint64: from the index."""
         ...
 
+    def labels(self) -> np.ndarray:
+        """The class index of every sample, int64, without reading images."""
+        ...
+
+    def sample_name(self, sample_id: int) -> str:
+        """The file name that a sample had, for label files that go by it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Access:
@@ -96,6 +104,10 @@ def open_source(
         from pipeline.data.synthetic import SyntheticSource
 
         return SyntheticSource(splits[0], image_size=image_size, num_classes=num_classes or 10)
+    from pipeline.data.folder import FolderSource, is_image_folder
+
+    if not is_url(path) and not (Path(path) / MANIFEST_NAME).exists() and is_image_folder(path):
+        return FolderSource(path, *splits)
     return TarSource(path, *splits, access=access)
 
 
@@ -196,6 +208,14 @@ class TarSource:
 
     def keys(self, shard: int) -> np.ndarray:
         return self.rows(shard)["key"]
+
+    def labels(self) -> np.ndarray:
+        return np.concatenate([self.rows(i)["label"] for i in range(len(self.shards))]).astype(np.int64)
+
+    def sample_name(self, sample_id: int) -> str:
+        shard, row = self.place_of(sample_id)
+        header = self.read_range(shard, int(self.rows(shard)[row]["offset"]) - 512, 100)
+        return header.split(b"\0")[0].decode("utf-8", "replace").rpartition("/")[2]
 
     def rows(self, shard: int) -> np.ndarray:
         """The shard's index, verified against the manifest. Raises DamagedShard."""

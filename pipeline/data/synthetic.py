@@ -25,8 +25,17 @@ class SyntheticSource:
         self._split = split
         self.digest = f"synthetic-{split}-{self.samples}-{image_size}-{num_classes}"
 
+    def labels(self) -> np.ndarray:
+        return np.array([self._label(i) for i in range(self.samples)], dtype=np.int64)
+
+    def sample_name(self, sample_id: int) -> str:
+        return f"{sample_id:08d}.png"
+
+    def _label(self, sample_id: int) -> int:
+        return int(key("label", self._split, sample_id) % np.uint64(self.num_classes))
+
     def read(self, sample_id: int, channels: int) -> RawSample:
-        label = int(key("label", self._split, sample_id) % np.uint64(self.num_classes))
+        label = self._label(sample_id)
         shape = (self._size, self._size, channels)
         noise = philox(int(key(self._split, "noise")), sample_id)
         pattern = philox(int(key("pattern")), label)

@@ -338,7 +338,8 @@ def test_all_problems_are_told_at_once():
 def test_every_recipe_lacks_only_its_data_and_opens_with_command_cost_and_result(name):
     load_config(name, ["data.train=synthetic"])
     head = find_recipe(name).read_text(encoding="utf-8").splitlines()[:3]
-    assert head[0].startswith(f"# mixer train {name} data.train=")
+    command = "# mixer finetune RUN data.train=" if name.startswith("finetune") else f"# mixer train {name} data.train="
+    assert head[0].startswith(command)
     assert head[1].startswith("# cost: ")
     assert head[2].startswith("# expect: ")
 
