@@ -153,32 +153,65 @@ def launch_local(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A run folder.")],
+    run: Annotated[str, typer.Argument(help="A run, one of its checkpoints, or what `mixer import` made.")],
     overrides: Overrides = None,
     checkpoint: Annotated[str, typer.Option(help="last, best or step-N.")] = "last",
     ema: Annotated[bool, typer.Option("--ema", help="The averaged weights instead.")] = False,
+    real: Annotated[Path | None, typer.Option(help="JSON of all labels that are right for each image (ReaL).")] = None,
     nproc: Nproc = None,
 ) -> None:
-    """Top-1 and top-5 over the val split, each sample exactly once.
+    """Top-1, top-5, a table by class, a confusion picture and img/s; each sample exactly once.
+
+    Over the run's val split, or any set: shards or a folder of images.
 
     Examples:
 
       mixer eval runs/b16 --checkpoint best
 
       mixer eval runs/b16 data.val=/shards/imagenet_v2 --nproc 8
+
+      mixer eval b16 data.val=imagenet/val --real real.json
     """
-    from pipeline.cli import existing_run, run_eval
-    from pipeline.config import load_config
+    from pipeline.cli_eval import run_eval
 
-    processes = nproc or _gpus()
-    if "RANK" not in os.environ and processes > 1:
-        from launch.local import LocalLauncher
+    options = ["--checkpoint", checkpoint, *(["--ema"] if ema else []), *(["--real", str(real)] if real else [])]
+    _in_processes("eval", [run, *(overrides or []), *options], run, nproc)
+    raise typer.Exit(run_eval(run, checkpoint, ema, overrides or [], real))
 
-        command = ["eval", run, *(overrides or []), "--checkpoint", checkpoint, *(["--ema"] if ema else [])]
-        folder = existing_run(run)
-        config = load_config(str(folder.config), [f"run.dir={folder.path}"]).config
-        raise typer.Exit(LocalLauncher(command, config, processes, 0).launch())
-    raise typer.Exit(run_eval(run, checkpoint, ema, overrides or []))
+
+@app.command()
+def fewshot(
+    run: Annotated[str, typer.Argument(help="A run, one of its checkpoints, or what `mixer import` made.")],
+    data: Annotated[str, typer.Argument(help="Shards or a folder of images: shots are chosen from its train split.")],
+    overrides: Overrides = None,
+    test: Annotated[str | None, typer.Option(help="Where to test. Default: the val or test split of DATA.")] = None,
+    shots: Annotated[str, typer.Option(help="Images of each class.")] = "1,5,10,25",
+    seeds: Annotated[int, typer.Option(min=1, help="Choices of images; accuracies are their mean.")] = 3,
+    pool: Annotated[int | None, typer.Option(min=1, help="Choose from the first N images only.")] = None,
+    l2: Annotated[float, typer.Option(help="Weight of the penalty.")] = 1024.0,
+    checkpoint: Annotated[str, typer.Option(help="last, best or step-N.")] = "last",
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights instead.")] = False,
+    nproc: Nproc = None,
+) -> None:
+    """Few-shot accuracy of frozen features: ridge regression in closed form, as in the paper.
+
+    Examples:
+
+      mixer fewshot runs/b16 /shards/imagenet --shots 5,10
+
+      mixer fewshot runs/h14 pets/ --nproc 8 train.strategy=fsdp
+    """
+    from pipeline.cli_eval import run_fewshot
+
+    try:
+        numbers = [int(s) for s in shots.split(",")]
+    except ValueError:
+        raise UserError(f"--shots {shots}: give whole numbers, such as 1,5,10,25") from None
+    options = ["--shots", shots, "--seeds", str(seeds), "--l2", str(l2), "--checkpoint", checkpoint]
+    options += [*(["--ema"] if ema else []), *(["--test", test] if test else [])]
+    options += ["--pool", str(pool)] if pool else []
+    _in_processes("fewshot", [run, data, *(overrides or []), *options], run, nproc)
+    raise typer.Exit(run_fewshot(run, data, test, checkpoint, ema, overrides or [], numbers, seeds, pool, l2))
 
 
 @app.command()
@@ -290,6 +323,17 @@ def demo(
     from launch.demo import report_demo, run_demo
 
     raise typer.Exit(report_demo(folder) if report else run_demo(folder))
+
+
+def _in_processes(command: str, arguments: list[str], run: str, nproc: int | None) -> None:
+    """Where several processes are asked for: runs the command in them and exits; else returns."""
+    processes = nproc or _gpus()
+    if "RANK" in os.environ or processes == 1:
+        return
+    from launch.local import LocalLauncher
+    from pipeline.weights.trained import run_config
+
+    raise typer.Exit(LocalLauncher([command, *arguments], run_config(run), processes, 0).launch())
 
 
 def _gpus() -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import logging
 import os
 import sys
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.errors import UserError
-from pipeline.checkpoint.place import checkpoint_root
 from pipeline.config import Config, load_config
 from pipeline.logs import StartLogs
 from pipeline.pulse import Pulse
-from pipeline.run import RunFolder, read_lines, replace_file
+from pipeline.run import RunFolder, read_lines
 from pipeline.stop import StopFlag
 from pipeline.takeover import take_over_run
 
@@ -132,93 +130,6 @@ def run_smoke(config: Config) -> int:
     return 0
 
 
-def run_eval(run_dir: str, which: str, ema: bool, overrides: list[str]) -> int:
-    """Top-1 and top-5 of one checkpoint over the val split, each sample once on any number of ranks."""
-    quiet_libraries()
-    import time
-
-    import torch
-
-    from pipeline.build import eval_samples, num_classes, open_training_data, open_val
-    from pipeline.checkpoint.layout import CheckpointReader
-    from pipeline.checkpoint.manager import choose
-    from pipeline.data.augment import normalize
-    from pipeline.data.loader import Batch, eval_batches
-    from pipeline.evaluate import evaluate
-    from pipeline.losses import make_loss
-    from pipeline.model import create_model
-    from pipeline.parallel.engine import BUFFER, EMA, WEIGHT
-    from pipeline.parallel.world import World
-
-    run = existing_run(run_dir)
-    config = load_config(str(run.config), [f"run.dir={run.path}", *overrides]).config
-    reader = CheckpointReader(choose(checkpoint_root(config), which))
-    damage = reader.damage(reader.manifest.files)
-    if damage:
-        raise UserError(f"{damage}; evaluate another checkpoint (`--checkpoint step-N`)")
-    train = open_training_data(replace(config, data=replace(config.data, subset=None))).source
-    source = open_val(config, train)
-    if source is None:
-        raise UserError(f"{train.name} has no val split: give one with data.val=FOLDER")
-    classes = num_classes(config, train)
-    world = World.join()
-    reader = CheckpointReader(world.broadcast(reader.folder))  # of a run in progress, ranks may see another last one
-    model = create_model(config.model.name, classes, config.model.image_size, device="meta", **config.model.overrides())
-    model.to_empty(device=world.device)
-    kind = EMA if ema else WEIGHT
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if not reader.has(name, kind):
-                raise UserError(
-                    f"{reader.folder} holds no {kind} of {name}"
-                    + ("; train with train.ema_decay=0.9999 to have an average" if ema else "")
-                )
-            p.copy_(reader.tensor(name, kind))
-        for name, b in model.named_buffers():
-            if reader.has(name, BUFFER):
-                b.copy_(reader.tensor(name, BUFFER))
-    model.eval()
-    bf16 = config.train.precision == "bf16"
-
-    @torch.no_grad()
-    def predict(batch: Batch) -> torch.Tensor:
-        images = normalize(batch.images.to(world.device, non_blocking=True))
-        with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return model(images, None).float()
-
-    size = config.eval.batch_size or 64
-    batches = eval_batches(
-        eval_samples(config, source, classes),
-        rank=world.rank,
-        world_size=world.size,
-        batch_size=size,
-        num_workers=config.data.num_workers,
-    )
-    started = time.perf_counter()
-    with _bar(len(batches), enabled=world.is_main) as advance:
-        result = evaluate(predict, batches, make_loss(config.loss.name, config.loss.label_smoothing), world, advance)
-    seconds = time.perf_counter() - started
-    if world.is_main:
-        step = reader.manifest.step
-        report: dict[str, Any] = {
-            "step": step,
-            "weights": "ema" if ema else "raw",
-            "data": source.name,
-            **result.to_dict(),
-            "img_per_s": result.samples / seconds,
-        }
-        name = f"step-{step:08d}{'-ema' if ema else ''}.json"
-        replace_file(run.path / "eval" / name, json.dumps(report, indent=1) + "\n")
-        bad = f", {result.bad} unreadable" if result.bad else ""
-        print(
-            f"{reader.folder.name}{' (ema)' if ema else ''}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
-            f"loss {result.loss:.4f} on {result.samples:,} samples of {source.name}{bad}  "
-            f"[{run.path / 'eval' / name}]"
-        )
-    world.leave()
-    return 0
-
-
 def run_audit(run_dir: str, overrides: list[str]) -> int:
     """Prints what the audit found; exit code 1 if anything is wrong."""
     from pipeline.audit import audit
@@ -252,16 +163,16 @@ def existing_run(run_dir: str) -> RunFolder:
     return run
 
 
-class _bar:
+class progress_bar:
     """A progress bar on a terminal, nothing elsewhere; calling it advances by one."""
 
-    def __init__(self, total: int, enabled: bool):
+    def __init__(self, total: int, text: str, enabled: bool):
         self._progress = None
         if enabled and sys.stdout.isatty():
             from rich.progress import Progress
 
             self._progress = Progress(transient=True)
-            self._task = self._progress.add_task("evaluating", total=total)
+            self._task = self._progress.add_task(text, total=total)
 
     def __enter__(self) -> Any:
         if self._progress:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data_tools.errors import UserError
 from pipeline.data.loader import Batch
+from pipeline.data.source import SampleSource
 from pipeline.parallel.world import World
+
+MAX_CONFUSION = 2_000  # classes: beyond, a matrix of all pairs is larger than anybody looks at
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,13 @@ def evaluate(
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     world: World,
     on_batch: Callable[[], None] = lambda: None,
+    on_logits: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
 ) -> EvalResult:
     """Runs `predict` (logits [m, K]) over this rank's batches and sums over ranks. Collective."""
     total = torch.zeros(5, dtype=torch.float64, device=world.device)  # top1, top5, loss, samples, bad
     for batch in batches:
         logits = predict(batch)
+        on_logits(batch, logits)
         labels = batch.labels.to(logits.device)
         weights = batch.weights.to(logits.device, torch.float64)
         # The rank of the true class counts the classes that are not behind it: exact top-k without sorting. Ties with
@@ -61,3 +71,110 @@ def evaluate(
 
 def _columns(logits: Tensor) -> Tensor:
     return torch.arange(logits.shape[1], device=logits.device)[None, :]
+
+
+class RealLabels:
+    """The labels that people found right for an image, several or none ("Are we done with ImageNet?", Beyer et al.).
+
+    A JSON file: an object {file name: [classes]}, or a list in the order of the numbers that end the file names
+    (`real.json`: entry 0 is ILSVRC2012_val_00000001).
+    """
+
+    def __init__(self, labels: dict[str, list[int]] | list[list[int]]):
+        self._by_name = {Path(n).stem: v for n, v in labels.items()} if isinstance(labels, dict) else None
+        self._in_order = labels if isinstance(labels, list) else []
+
+    @staticmethod
+    def load(path: Path) -> RealLabels:
+        """Raises UserError where it is not such a file."""
+        try:
+            raw = json.loads(path.read_text())
+            entries = list(raw.values() if isinstance(raw, dict) else raw)
+            if not entries or not all(isinstance(e, list) and all(isinstance(k, int) for k in e) for e in entries):
+                raise ValueError("expected a list of classes for every image")
+        except (OSError, ValueError, AttributeError, TypeError) as e:
+            raise UserError(f"{path} is no file of labels: {e}") from e
+        return RealLabels(raw)
+
+    def of(self, file_name: str) -> list[int]:
+        """Raises UserError for an image that the file does not know."""
+        stem = Path(file_name).stem
+        number = re.search(r"(\d+)$", stem)
+        if self._by_name is not None and stem in self._by_name:
+            return self._by_name[stem]
+        if self._by_name is None and number and 0 < int(number[1]) <= len(self._in_order):
+            return self._in_order[int(number[1]) - 1]
+        raise UserError(f"the file of labels says nothing of {file_name}")
+
+
+class Detail:
+    """What goes beyond one figure: right and wrong class by class, which for which, and ReaL accuracy."""
+
+    def __init__(self, num_classes: int, source: SampleSource, real: RealLabels | None = None):
+        self.num_classes, self._source, self._real = num_classes, source, real
+        # [true class, predicted class]; of very many classes only [true class, (wrong, right)]
+        self._pairs = num_classes <= MAX_CONFUSION
+        self.counts = torch.zeros(num_classes, num_classes if self._pairs else 2, dtype=torch.float64)
+        self._real_counts = torch.zeros(2, dtype=torch.float64)  # right, samples
+
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        used = batch.weights > 0
+        truth, guess = batch.labels[used], logits.argmax(1).cpu()[used]
+        column = guess if self._pairs else (guess == truth).long()
+        self.counts.index_put_((truth, column), torch.ones(len(truth), dtype=torch.float64), accumulate=True)
+        if self._real:
+            for sample_id, predicted in zip(batch.ids[used].tolist(), guess.tolist()):
+                right = self._real.of(self._source.sample_name(sample_id))
+                if right:
+                    self._real_counts += torch.tensor([float(predicted in right), 1.0])
+
+    def reduce(self, world: World) -> None:
+        """Sums over ranks. Collective."""
+        self.counts, self._real_counts = world.sum_tensor(self.counts), world.sum_tensor(self._real_counts)
+
+    @property
+    def real_samples(self) -> int:
+        return int(self._real_counts[1])
+
+    @property
+    def real_top1(self) -> float:
+        return float(self._real_counts[0] / max(self.real_samples, 1))
+
+    def per_class(self) -> list[tuple[int, int, float]]:
+        """(class, samples, share that was right), of classes that have samples."""
+        total = self.counts.sum(1)
+        right = self.counts.diagonal() if self._pairs else self.counts[:, 1]
+        return [(k, int(n), float(right[k] / n)) for k, n in enumerate(total.tolist()) if n]
+
+    def hardest(self, names: list[str], count: int = 3) -> list[str]:
+        rows = sorted(self.per_class(), key=lambda row: row[2])[:count]
+        return [f"{_name(names, k)} {share:.0%}" for k, _, share in rows if share < 1]
+
+    def write(self, path: Path, names: list[str]) -> list[Path]:
+        """`path`-classes.csv, and `path`-confusion.png where there are not too many classes."""
+        table = path.with_name(path.name + "-classes.csv")
+        with open(table, "w", newline="", encoding="utf-8") as f:
+            writer = csv.writer(f)
+            writer.writerow(["class", "name", "samples", "top1", "most_often_taken_for", "share"])
+            for k, samples, share in self.per_class():
+                writer.writerow([k, _name(names, k), samples, f"{share:.4f}", *self._confused(k, names)])
+        if not self._pairs:
+            return [table]
+        picture = path.with_name(path.name + "-confusion.png")
+        from pipeline.pictures import confusion_picture
+
+        confusion_picture(self.counts.numpy(), names).save(picture)
+        return [table, picture]
+
+    def _confused(self, k: int, names: list[str]) -> list[str]:
+        """The wrong class that `k` is most often taken for, and how often."""
+        if not self._pairs:
+            return ["", ""]
+        wrong = self.counts[k].clone()
+        wrong[k] = 0
+        other = int(wrong.argmax())
+        return [_name(names, other), f"{float(wrong[other] / self.counts[k].sum()):.4f}"] if wrong[other] else ["", ""]
+
+
+def _name(names: list[str], k: int) -> str:
+    return names[k] if k < len(names) else str(k)

@@ -224,13 +224,22 @@ def train_batches(
         yield [next(batches) for _ in range(share.micro_steps)]
 
 
-def eval_batches(samples: TrainSamples, *, rank: int, world_size: int, batch_size: int, num_workers: int) -> DataLoader:
-    """Each sample of the split exactly once over all ranks, and as many batches on every rank (padded)."""
-    total = sum(samples.source.shard_sizes)
+def eval_batches(
+    samples: TrainSamples,
+    *,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    num_workers: int,
+    ids: np.ndarray | None = None,
+) -> DataLoader:
+    """Each sample of the split (of `ids`, where given) exactly once over all ranks; as many batches on every rank."""
+    total = sum(samples.source.shard_sizes) if ids is None else len(ids)
     first, last = rank_slots(rank, world_size, total)
     per_rank = -(-total // world_size)
     padded = -(-per_rank // batch_size) * batch_size
-    ids = np.concatenate([np.arange(first, last), np.full(padded - (last - first), PADDING)])
+    mine = np.arange(first, last) if ids is None else ids[first:last]
+    ids = np.concatenate([mine, np.full(padded - len(mine), PADDING)])
     epochs = np.zeros(batch_size, dtype=np.int64)
     requests = [Request(epochs, ids[i : i + batch_size]) for i in range(0, padded, batch_size)]
     # Short splits do not pay for starting workers

@@ -60,6 +60,12 @@ class World:
     def sum(self, values: Sequence[float]) -> list[float]:
         return self._reduce(values, dist.ReduceOp.SUM)
 
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' sum of a CPU tensor, on every rank."""
+        total = tensor.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
     def _reduce(self, values: Sequence[float], op: Any) -> list[float]:
         tensor = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(tensor, op=op, group=self.group)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -47,14 +48,7 @@ class TrainedModel:
         Raises:
             UserError: no run, no such checkpoint, a damaged one, or one without an average.
         """
-        path = place(where)
-        run = path.parent.parent if (path / MANIFEST).exists() else path
-        if not (run / "config.yaml").exists():
-            problem = "it has no config.yaml" if path.exists() else "no such folder"
-            raise UserError(
-                f"{where} is not a run folder: {problem}. Give a run, a checkpoint, or what `mixer import` made"
-            )
-        config = load_config(str(run / "config.yaml"), [f"run.dir={run}", *(overrides or [])]).config
+        path, run, config = _find(where, overrides or [])
         folder = path if run is not path else choose(checkpoint_root(config), which)
         reader = CheckpointReader(folder)
         if damage := reader.damage(reader.manifest.files):
@@ -111,6 +105,23 @@ class TrainedModel:
         return Predictor(self, world, strategy in SHARDED and world.size > 1)
 
 
+def run_config(where: str) -> Config:
+    """The configuration of a run, of a checkpoint's run, or of imported weights. Raises UserError."""
+    return _find(where, [])[2]
+
+
+def _find(where: str, overrides: list[str]) -> tuple[Path, Path, Config]:
+    """(what was given, the run folder, its configuration)."""
+    path = place(where)
+    run = path.parent.parent if (path / MANIFEST).exists() else path
+    if not (run / "config.yaml").exists():
+        problem = "it has no config.yaml" if path.exists() else "no such folder"
+        raise UserError(
+            f"{where} is not a run folder: {problem}. Give a run, a checkpoint, or what `mixer import` made"
+        )
+    return path, run, load_config(str(run / "config.yaml"), [f"run.dir={run}", *overrides]).config
+
+
 class Predictor:
     """Logits and features of batches. Where the model is sharded, all ranks must call it equally often."""
 
@@ -160,6 +171,25 @@ class Predictor:
             logits = self.model(images, None)
         return logits.float(), seen[0].float()
 
+    def images_per_second(self, batch: Batch, seconds: float = 1.0) -> float:
+        """Of the forward pass alone on this rank: the batch again and again for about so long."""
+        turns = 1
+        while True:
+            self(batch)
+            self._wait()
+            started = time.perf_counter()
+            for _ in range(turns):
+                self(batch)
+            self._wait()
+            elapsed = time.perf_counter() - started
+            if max(self.world.gather(elapsed)) >= seconds / 2:  # all alike: a sharded model's forward is collective
+                return turns * len(batch.images) / elapsed
+            turns *= 2
+
+    def _wait(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+
 
 def head_of(model: nn.Module) -> nn.Module:
     """The last linear layer."""
@@ -185,7 +215,7 @@ def _shard(model: Any, world: World, bf16: bool) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def _local_part(p: Tensor) -> tuple[int, Tensor]:

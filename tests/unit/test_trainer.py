@@ -16,7 +16,8 @@ from helpers import TINY, TINY_MODEL, Member, as_before, members, script, shards
 from data_tools.errors import UserError
 from pipeline.checkpoint.layout import CheckpointReader
 from pipeline.checkpoint.manager import best_step, choose, committed_steps, step_folder
-from pipeline.cli import EXIT_SAVED, run_eval, run_smoke
+from pipeline.cli import EXIT_SAVED, run_smoke
+from pipeline.cli_eval import run_eval
 from pipeline.config import load_config
 from pipeline.model import create_model
 from pipeline.parallel.engine import EMA, WEIGHT
