@@ -29,6 +29,7 @@ from pipeline.data.store import is_url
 from pipeline.duration import Duration
 from pipeline.ema import WeightAverage
 from pipeline.losses import Loss, make_loss
+from pipeline.micro_batch import find_micro_batch
 from pipeline.model import create_model, model_cost
 from pipeline.model.flops import peak_flops
 from pipeline.model.mixer import init_parameter
@@ -105,18 +106,8 @@ class Parts:
 
     def blank_batch(self) -> Batch:
         """A micro-batch of padding alone, in the shape of a real one."""
-        m, size, c = self.share.micro_batch_size, self.config.model.image_size, self.config.model.in_chans
         rates = self.train_samples.drop_rates
-        return Batch(
-            torch.zeros(m, c, size, size, dtype=torch.uint8),
-            torch.zeros(m, dtype=torch.int64),
-            torch.zeros(m),
-            torch.ones(m, 0 if rates is None else len(rates)),
-            torch.full((m,), PADDING),
-            torch.zeros(m, dtype=torch.int64),
-            [],
-            *((torch.arange(m), torch.ones(m)) if self.mixup else ()),
-        )
+        return blank_batch(self.config, self.share.micro_batch_size, 0 if rates is None else len(rates))
 
     def load(self, reader: CheckpointReader | None) -> dict[str, Any]:
         """Overwrites the engine's state from a checkpoint, or with a fresh run's. Returns the checkpoint's state.
@@ -276,12 +267,17 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         chunk=c.data.chunk,
         window=c.data.window,
     )
-    micro = c.train.micro_batch_size
-    share = Share.of(world.rank, world.size, batch, None if isinstance(micro, str) else micro)
     overrides = config.model.overrides()
     cost = model_cost(c.model.name, classes, c.model.image_size, **overrides)
     c.train.strategy = choose_strategy(c.train.strategy, cost.parameters, world, c.train.offload)
     model = create_model(c.model.name, classes, c.model.image_size, device="meta", **overrides)
+    micro = c.train.micro_batch_size
+    if isinstance(micro, str):
+        known = replace(c, model=replace(c.model, num_classes=classes))
+        largest = -(-batch // world.size)
+        found = find_micro_batch(known, world, model, largest, cost.parameters * STATE_BYTES_PER_PARAMETER)
+        micro = found.size
+    share = Share.of(world.rank, world.size, batch, micro)
     train_samples = TrainSamples(
         source,
         train_transform(c),
@@ -290,11 +286,41 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         drop_rates=model.drop_rates(),
         seed=c.run.seed,
     )
-    loss_fn = make_loss(c.loss.name, c.loss.label_smoothing)
-    engine_options = EngineOptions(
+    engine, average = build_engine(c, world, model, share)
+    keep_every = c.checkpoint.keep_every
+    steps = Duration.parse(keep_every).to_steps(batch, order.num_samples) if keep_every else None
+    on_cpu = world.device.type == "cpu"
+    return Parts(
+        config,
+        world,
+        run,
+        engine,
+        average,
+        data,
+        order,
+        share,
+        Schedule.of(config, order.num_samples, on_cpu=on_cpu),
+        train_samples,
+        None if val_source is None else eval_samples(config, val_source, classes),
+        engine.loss_fn,
+        CheckpointManager(run.checkpoints, world, Retention(c.checkpoint.keep_last, steps), mirror=mirror),
+        mixup(config),
+        allow or set(),
+        cost.training_flops,
+        None if on_cpu else peak_flops(torch.cuda.get_device_name(), c.train.precision),
+        patch_size(config),
+    )
+
+
+def build_engine(
+    config: Config, world: World, model: torch.nn.Module, share: Share
+) -> tuple[TrainEngine, WeightAverage]:
+    """The engine of `train.strategy` around a model, and the average beside it. Holds no state yet."""
+    c = config
+    options = EngineOptions(
         c.train.strategy,
         c.train.precision,
-        batch,
+        c.train.global_batch_size,
         share.micro_batch_size,
         share.micro_steps,
         (c.optimizer.betas[0], c.optimizer.betas[1]),
@@ -308,29 +334,23 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         c.optimizer.name,
         c.optimizer.momentum,
     )
-    engine = make_engine(model, param_groups(model, c.optimizer.weight_decay), loss_fn, engine_options, world)
-    keep_every = c.checkpoint.keep_every
-    steps = Duration.parse(keep_every).to_steps(batch, order.num_samples) if keep_every else None
-    on_cpu = world.device.type == "cpu"
-    return Parts(
-        config,
-        world,
-        run,
-        engine,
-        WeightAverage(engine, c.train.ema_decay),
-        data,
-        order,
-        share,
-        Schedule.of(config, order.num_samples, on_cpu=on_cpu),
-        train_samples,
-        None if val_source is None else eval_samples(config, val_source, classes),
-        loss_fn,
-        CheckpointManager(run.checkpoints, world, Retention(c.checkpoint.keep_last, steps), mirror=mirror),
-        mixup(config),
-        allow or set(),
-        cost.training_flops,
-        None if on_cpu else peak_flops(torch.cuda.get_device_name(), c.train.precision),
-        patch_size(config),
+    loss_fn = make_loss(c.loss.name, c.loss.label_smoothing)
+    engine = make_engine(model, param_groups(model, c.optimizer.weight_decay), loss_fn, options, world)
+    return engine, WeightAverage(engine, c.train.ema_decay)
+
+
+def blank_batch(config: Config, size: int, drops: int) -> Batch:
+    """`size` slots of padding in the shape of real ones; `drops`: columns of the stochastic-depth masks."""
+    side, channels = config.model.image_size, config.model.in_chans
+    return Batch(
+        torch.zeros(size, channels, side, side, dtype=torch.uint8),
+        torch.zeros(size, dtype=torch.int64),
+        torch.zeros(size),
+        torch.ones(size, drops),
+        torch.full((size,), PADDING),
+        torch.zeros(size, dtype=torch.int64),
+        [],
+        *((torch.arange(size), torch.ones(size)) if config.augment.mixup_alpha else ()),
     )
 
 

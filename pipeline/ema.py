@@ -36,6 +36,11 @@ class WeightAverage:
             for p in self._weights()
         ]
 
+    def reserve(self) -> None:
+        """Takes the memory, with no values in it."""
+        if self._decay is not None:
+            self._average = [Piece(p.name, EMA, p.offset, torch.zeros_like(p.data)) for p in self._weights()]
+
     @torch.no_grad()
     def update(self) -> None:
         if self._decay is not None:

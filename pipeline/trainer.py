@@ -28,6 +28,7 @@ from pipeline.evaluate import EvalResult, evaluate
 from pipeline.health import EXIT_HUNG, SickSteps, Watchdog, slowest_rank
 from pipeline.logs import StartLogs
 from pipeline.metrics import Display, MetricWriter, image_grid, token_mixing_picture
+from pipeline.micro_batch import is_out_of_memory, out_of_memory_message
 from pipeline.optim import lr_scale
 from pipeline.parallel.engine import StepStats
 from pipeline.pulse import Pulse
@@ -92,10 +93,15 @@ class Trainer:
         """Until the end of the schedule, a signal, or `stop_at` completed steps. The state is saved in any case.
 
         Raises:
-            UserError: more bad samples than `data.max_bad_fraction` allows; the run is saved first.
+            UserError: more bad samples than `data.max_bad_fraction` allows; the run is saved first. Or out of memory.
         """
         try:
             return self._train(stop_at)
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+            message = out_of_memory_message(self.config, self.step, self.parts.share.micro_batch_size)
+            raise UserError(f"rank {self.world.rank}: {message}") from e
         finally:
             self._watchdog.stop()
             self._display.close()
