@@ -18,6 +18,7 @@ from data_tools.errors import UserError
 from data_tools.manifest import DatasetManifest, load_index
 from pipeline.config import Config, load_config
 from pipeline.data.order import SampleOrder, key
+from pipeline.ledger import LedgerReader, ledger_ranks
 from pipeline.run import RunFolder, read_digests, read_lines, read_metrics
 
 ACCURACY = 0.95
@@ -148,10 +149,10 @@ def examine(folder: Path) -> Report:
 def _attempts(run: RunFolder, events: list[dict[str, Any]], batch: int) -> list[Attempt]:
     """Every start in events.jsonl; where it ended is what the ledger says: the last step that covers a batch."""
     covered: dict[tuple[int, int], int] = {}
-    for path in (run.path / "ledger").glob("rank-*.jsonl"):
-        for line in read_lines(path):
-            place = line["attempt"], line["step"]
-            covered[place] = covered.get(place, 0) + line["slots"][1] - line["slots"][0]
+    for rank in ledger_ranks(run.ledger):
+        for s in LedgerReader(run.ledger, rank):
+            for place in ((s.attempt, step) for step in range(s.step, s.end)):
+                covered[place] = covered.get(place, 0) + s.last - s.first
     lines = [m for m in read_lines(run.metrics) if m.get("split", "train") == "train"]
     attempts = []
     for event in (e for e in events if e["event"] in ("start", "resume")):

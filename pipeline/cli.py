@@ -136,15 +136,14 @@ def run_audit(run_dir: str, overrides: list[str]) -> int:
 
     run = existing_run(run_dir)
     config = load_config(str(run.config), [f"run.dir={run.path}", *overrides]).config
-    report = audit(config, run)
-    print(f"{report.steps} steps of {report.attempts} live starts, {report.superseded} superseded ledger lines")
-    for epoch, samples in sorted(report.epochs.items()):
-        rest = f", {report.left_out[epoch]} left out" if epoch in report.left_out else " so far"
-        print(
-            f"epoch {epoch}: {samples:,} samples, each once{rest}"
-            if not report.faults
-            else f"epoch {epoch}: {samples:,}"
-        )
+    with progress_bar(run.read_status().get("step", 0), "steps audited", enabled=True) as advance:
+        report = audit(config, run, advance)
+    print(f"{report.steps} steps of {report.attempts} live starts, {report.superseded} superseded ledger entries")
+    several = len({e.name for e in report.epochs}) > 1
+    for e in report.epochs:
+        rest = " so far" if e.left_out is None else f", {e.left_out} left out"
+        of = f" of {e.name}" if several else ""
+        print(f"epoch {e.epoch}{of}: {e.samples:,} samples" + ("" if report.faults else f", each once{rest}"))
     if report.masked or report.skipped:
         print(f"{report.masked} masked (unreadable), {report.skipped} passed over after sick steps")
     for fault in report.faults[:20]:
@@ -164,7 +163,7 @@ def existing_run(run_dir: str) -> RunFolder:
 
 
 class progress_bar:
-    """A progress bar on a terminal, nothing elsewhere; calling it advances by one."""
+    """A progress bar on a terminal, nothing elsewhere; calling it advances."""
 
     def __init__(self, total: int, text: str, enabled: bool):
         self._progress = None
@@ -179,9 +178,9 @@ class progress_bar:
             self._progress.start()
         return self
 
-    def __call__(self) -> None:
+    def __call__(self, steps: int = 1) -> None:
         if self._progress:
-            self._progress.advance(self._task)
+            self._progress.advance(self._task, steps)
 
     def __exit__(self, *exc: Any) -> None:
         if self._progress:

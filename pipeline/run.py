@@ -1,10 +1,10 @@
 """The run folder: what is written where, and how it is read back.
 
     RUN/ config.yaml  command.txt  env.json  events.jsonl  STATUS.json  metrics.jsonl  tb/  logs/  eval/
-         ledger/rank-00000.jsonl    what reached the model: one line a step, this rank's digest
-         data/                      what the training data was: its shards, and which samples a subset holds
+         ledger/rank-00000.000.ledger    what reached the model: this rank's digest of every step
+         data/                           what the training data was: its shards, and which samples a subset holds
          checkpoints/   FINISHED   STOP (what `mixer stop` asks for)
-         logs/<job>.<restart>/      of each start: see `pipeline.logs`
+         logs/<job>.<restart>/           of each start: see `pipeline.logs`
 
 Logs are append-only; every line carries its attempt (one start of the training processes). After a crash the next
 attempt repeats the steps since the last checkpoint; `live_lines` leaves out the lines which that supersedes.
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_tools.errors import UserError
+from pipeline.ledger import LedgerReader, Segment, ledger_ranks
 
 _PACKAGES = (
     "torch",
@@ -59,6 +60,7 @@ class RunFolder:
         self.stop = self.path / "STOP"
         self.tensorboard = self.path / "tb"
         self.data = self.path / "data"
+        self.ledger = self.path / "ledger"
         self._lock: TextIO | None = None
 
     def stop_request(self) -> str | None:
@@ -131,9 +133,6 @@ class RunFolder:
             f.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')}  {shlex.join(sys.argv)}\n")
         replace_file(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
 
-    def ledger(self, rank: int) -> Path:
-        return self.path / "ledger" / f"rank-{rank:05d}.jsonl"
-
 
 def environment() -> dict[str, Any]:
     """Versions and host, for the record."""
@@ -180,11 +179,6 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         _UNWRITTEN[path] = lines
 
 
-def sync_file(path: Path) -> None:
-    with contextlib.suppress(OSError), open(path, "rb") as f:
-        os.fsync(f.fileno())
-
-
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a .jsonl file; a line that a crash cut short is left out."""
     if not path.exists():
@@ -209,14 +203,20 @@ def resume_points(run: str | Path) -> list[dict[str, Any]]:
     return live
 
 
-def live_lines(run: str | Path, lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines (with `step` and `attempt`) that no later attempt has made void, in order of steps."""
+def last_live_steps(run: str | Path) -> dict[int, int]:
+    """Attempt -> its last step that no later attempt went back behind."""
     points = [(e["attempt"], e["step"]) for e in read_lines(RunFolder(run).events) if e["event"] in _BEGINNINGS]
-    last: dict[int, int] = {}  # attempt -> its last step that no later attempt went back behind
+    last: dict[int, int] = {}
     lowest = sys.maxsize
     for attempt, step in sorted(points, reverse=True):
         last[attempt] = lowest
         lowest = min(lowest, step)
+    return last
+
+
+def live_lines(run: str | Path, lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines (with `step` and `attempt`) that no later attempt has made void, in order of steps."""
+    last = last_live_steps(run)
     by_step = {line["step"]: line for line in lines if line["step"] <= last.get(line["attempt"], sys.maxsize)}
     return [by_step[s] for s in sorted(by_step)]
 
@@ -227,16 +227,19 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return live_lines(run, lines)
 
 
-def read_ledger(run: str | Path) -> tuple[dict[int, list[dict[str, Any]]], int]:
-    """(step -> the live lines of all ranks, how many lines are superseded)."""
-    steps: dict[int, list[dict[str, Any]]] = {}
-    total = 0
-    for path in sorted((RunFolder(run).path / "ledger").glob("rank-*.jsonl")):
-        lines = list(read_lines(path))
-        total += len(lines)
-        for line in live_lines(run, lines):
-            steps.setdefault(line["step"], []).append(line)
-    return dict(sorted(steps.items())), total - sum(map(len, steps.values()))
+def read_ledger(run: str | Path) -> dict[int, list[Segment]]:
+    """Step -> what each rank's ledger says of it, one step a segment, without superseded ones. For small runs: an
+    audit reads ledgers in windows instead."""
+    folder, last = RunFolder(run).ledger, last_live_steps(run)
+    steps: dict[int, list[Segment]] = {}
+    for rank in ledger_ranks(folder):
+        own: dict[int, Segment] = {}
+        for segment in LedgerReader(folder, rank):
+            live = segment.part(segment.step, last.get(segment.attempt, sys.maxsize - 1) + 1)
+            own.update({s: live.part(s, s + 1) for s in range(live.step, live.end)})
+        for step, segment in own.items():
+            steps.setdefault(step, []).append(segment)
+    return dict(sorted(steps.items()))
 
 
 def read_digests(run: str | Path) -> dict[int, tuple[int, int, str]]:
@@ -245,7 +248,7 @@ def read_digests(run: str | Path) -> dict[int, tuple[int, int, str]]:
     Ranks' digests add up modulo 2**64; so runs on other numbers of ranks compare equal.
     """
     digests = {}
-    for step, rows in read_ledger(run)[0].items():
-        total = sum(int(r["digest"], 16) for r in rows) % 2**64
-        digests[step] = rows[0]["epoch"], rows[0]["position"], f"{total:016x}"
+    for step, rows in read_ledger(run).items():
+        total = sum(int(r.digests[0]) for r in rows) % 2**64
+        digests[step] = rows[0].epoch, rows[0].position, f"{total:016x}"
     return digests

@@ -26,13 +26,14 @@ from pipeline.data.loader import Batch, eval_batches, masked_slots, step_digest,
 from pipeline.duration import Duration
 from pipeline.evaluate import EvalResult, evaluate
 from pipeline.health import EXIT_HUNG, SickSteps, Watchdog, slowest_rank
+from pipeline.ledger import LedgerWriter
 from pipeline.logs import StartLogs
 from pipeline.metrics import Display, MetricWriter, image_grid, token_mixing_picture
 from pipeline.micro_batch import is_out_of_memory, out_of_memory_message
 from pipeline.optim import lr_scale
 from pipeline.parallel.engine import StepStats
 from pipeline.pulse import Pulse
-from pipeline.run import append_line, read_lines, sync_file
+from pipeline.run import read_lines
 from pipeline.stop import StopFlag
 
 Outcome = Literal["finished", "stopped"]
@@ -184,18 +185,7 @@ class Trainer:
         self._own_seconds.append(self.engine.own_seconds + self._clock.last_wait)
         errors = masked_slots(share, batches)
         digest = step_digest(order.state.position, share, batches)
-        append_line(
-            self.run.ledger(self.world.rank),
-            {
-                "step": self.step + 1,
-                "attempt": self.attempt,
-                "epoch": order.state.epoch,
-                "position": order.state.position,
-                "slots": [share.first, share.last],
-                "digest": f"{digest:016x}",
-                **({"masked": errors} if errors else {}),
-            },
-        )
+        self._ledger.add(self.step + 1, order.state.epoch, order.state.position, digest, errors)
         if errors:
             self.bad_samples += len(errors)
             print(f"rank {self.world.rank}: bad sample, counted with weight 0: {errors[0][2]}", flush=True)
@@ -268,6 +258,7 @@ class Trainer:
         self.saver.prepare([*self.engine.owned(), *parts.average.pieces()])
         running = self.engine.verify()
         self.attempt = world.broadcast(self.run.next_attempt() if world.is_main else None)
+        self._ledger = self._open_ledger()
         parts.checkpoints.clean()
         self._display = Display(self.schedule.total_steps, self.step, self._quiet)
         facts = {
@@ -293,6 +284,13 @@ class Trainer:
         self._clock = Clock.now()
         self._last_save = time.monotonic()
         self._show_next_batch = True
+
+    def _open_ledger(self) -> LedgerWriter:
+        """For this attempt."""
+        share, batch = self.parts.share, self.config.train.global_batch_size
+        return LedgerWriter(
+            self.run.ledger, self.world.rank, attempt=self.attempt, first=share.first, last=share.last, batch=batch
+        )
 
     def _open_writer(self) -> None:
         """A writer for this attempt: what earlier ones wrote beyond this step is purged from the curves."""
@@ -346,7 +344,7 @@ class Trainer:
             return
         started = time.perf_counter()
         self._save_begun_at = self.step
-        sync_file(self.run.ledger(self.world.rank))  # what a checkpoint includes must be provable after a power cut
+        self._ledger.sync()
         metrics = self.metrics if self.evaluated_at == self.step else {}
         previous = self.saver.save(
             self.step,
@@ -446,6 +444,7 @@ class Trainer:
         self.step, self.samples = state["step"], state["samples"]
         self.saved_at = self._save_begun_at = self.step
         self.attempt = self.world.broadcast(self.run.next_attempt() if self.world.is_main else None)
+        self._ledger = self._open_ledger()
         if self.world.is_main:
             self.run.record(
                 "rollback",

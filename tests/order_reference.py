@@ -70,17 +70,18 @@ def ref_mixture(
     sets: Sequence[dict], count: int, *, seed: int, block: int, first_epoch: int = 0
 ) -> list[tuple[int, int, int]]:
     """(set, its epoch, sample of the set) at the first `count` positions; `sets` hold quota, sizes, lanes, chunk,
-    window. Walks block by block and keeps each set's epochs as plain lists."""
+    window. Walks from the beginning and gives each set the next sample of its own epochs."""
     epochs: dict[tuple[int, int], list[int]] = {}
     drawn = []
+    taken = [0] * len(sets)
     for p in range(count):
         y = ref_perm(p % block, block, ref_key(seed, "block", p // block))
         i = 0
         while y >= sets[i]["quota"]:
             y -= sets[i]["quota"]
             i += 1
-        s = sets[i]
-        own = p // block * s["quota"] + y
+        s, own = sets[i], taken[i]
+        taken[i] += 1
         length = sum(s["sizes"]) // s["lanes"] * s["lanes"]
         e = first_epoch + own // length
         if (i, e) not in epochs:

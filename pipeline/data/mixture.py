@@ -2,9 +2,10 @@
 
 A file format like `order.py`, with its own version; `tests/golden/mixture.json` pins it. Position p counts the slots
 of the whole run; it lies in block p // M, and y = perm(p mod M, M, key(seed, "block", p // M)) says whose it is: set
-i owns the q_i places y in [Q_i, Q_i + q_i), Q_i the quotas before it. The set's own position is block*q_i + y - Q_i.
-Each set is a `SampleOrder` with a seed of its own and epochs of V_i*L_i samples, one after the other: set i is
-through its epoch number e when its own position passes (e+1)*V_i*L_i, whatever the others do.
+i owns the q_i slots whose y lies in [Q_i, Q_i + q_i), Q_i the quotas before it. The set's own position is block*q_i
+plus the number of its slots before this one in the block. Each set is a `SampleOrder` with a seed of its own and
+epochs of V_i*L_i samples, one after the other: set i is through its epoch number e when its own position passes
+(e+1)*V_i*L_i, whatever the others do.
 
 So the whole state is one position, and the quotas; batch size, ranks and workers do not enter. By default M is the
 first multiple of the batch size that is at least 1000: from a batch of 1000 on, every batch has the same make-up.
@@ -142,6 +143,7 @@ class MixtureOrder:
         self.global_batch_size = global_batch_size
         self.block = sum(s.quota for s in self.state.sets)
         self._first_place = np.cumsum([0, *(s.quota for s in self.state.sets)])
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.first_ids = np.cumsum([0, *(s.size for s in sets)])
         self.orders = [
             SampleOrder(
@@ -172,13 +174,34 @@ class MixtureOrder:
     def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(set, the set's own position) of flat positions."""
         block, slot = np.divmod(np.asarray(positions, dtype=np.int64), self.block)
-        y = perm(slot, self.block, key(self.state.seed, "block", block))
-        owner = np.searchsorted(self._first_place, y, side="right") - 1
-        quota = np.diff(self._first_place)[owner]
-        return owner, block * quota + y - self._first_place[owner]
+        owner, own = np.empty_like(slot), np.empty_like(slot)
+        for number in np.unique(block):
+            here = block == number
+            owners, places = self._of_block(int(number))
+            owner[here], own[here] = owners[slot[here]], places[slot[here]]
+        return owner, own
+
+    def own_positions(self, position: int) -> np.ndarray:
+        """How many samples of each set lie before `position`."""
+        block, slot = divmod(position, self.block)
+        before = np.bincount(self._of_block(block)[0][:slot], minlength=len(self.orders))
+        return block * np.diff(self._first_place) + before
+
+    def _of_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """`places` of all slots of a block; the two latest are kept."""
+        if block not in self._blocks:
+            while len(self._blocks) > 1:
+                del self._blocks[next(iter(self._blocks))]
+            y = perm(np.arange(self.block), self.block, key(self.state.seed, "block", block))
+            owner = np.searchsorted(self._first_place, y, side="right") - 1
+            own = np.empty_like(owner)
+            for i, quota in enumerate(np.diff(self._first_place)):
+                own[owner == i] = block * quota + np.arange(quota)
+            self._blocks[block] = owner, own
+        return self._blocks[block]
 
     def draw(self, epoch: int, positions: np.ndarray) -> Drawn:
-        """Sample ids and their sets' epochs at `positions` (int64, any shape). O(len(positions))."""
+        """Sample ids and their sets' epochs at `positions` (int64, any shape). O(M + len(positions))."""
         p = np.asarray(positions, dtype=np.int64)
         owner, own = self.places(p.ravel())
         ids, epochs = np.empty_like(own), np.empty_like(own)

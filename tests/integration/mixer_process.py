@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from pipeline.checkpoint.layout import CheckpointReader
 from pipeline.checkpoint.manager import committed_steps, step_folder
+from pipeline.ledger import LedgerReader
 from pipeline.run import RunFolder, read_digests, read_lines, read_metrics
 
 HERE = Path(__file__).parent
@@ -140,18 +140,8 @@ def poll(condition: Callable[[], bool], seconds: float = 90) -> bool:
 
 def current_step(run: Path) -> tuple[int, int]:
     """(attempt, completed step) by the newest line of rank 0's ledger; (-1, 0) before the first."""
-    path = RunFolder(run).ledger(0)
-    if not path.exists():
-        return -1, 0
-    with open(path, "rb") as f:
-        f.seek(max(0, path.stat().st_size - 2000))
-        for line in reversed(f.read().splitlines()):
-            try:
-                row = json.loads(line)
-                return row["attempt"], row["step"]
-            except (ValueError, KeyError):
-                continue
-    return -1, 0
+    segments = list(LedgerReader(RunFolder(run).ledger, 0))
+    return (segments[-1].attempt, segments[-1].end - 1) if segments else (-1, 0)
 
 
 def attempts(run: Path) -> int:

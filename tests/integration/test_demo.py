@@ -69,7 +69,7 @@ def _write_run(root: Path, path: Path, attempts: list[tuple[int, str, int, int, 
                 left -= part
                 place = {"step": step, "attempt": number, "epoch": epoch, "position": position}
                 slots = list(rank_slots(rank, ranks, BATCH))
-                append_line(run.ledger(rank), {**place, "slots": slots, "digest": f"{part:016x}"})
+                append_line(run.ledger / f"rank-{rank:05d}.jsonl", {**place, "slots": slots, "digest": f"{part:016x}"})
             line = {"step": step, "attempt": number, "split": "train", "loss": 2.0 / step, "img_per_s": 100.0}
             append_line(run.metrics, line)
     run.record("finish", attempt=attempts[-1][0], step=STEPS, metrics={})
@@ -103,7 +103,11 @@ def test_an_honest_folder_passes(folder: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("which", [interrupted_run, undisturbed_run])
 def test_another_sample_in_one_step_fails(folder: Path, which, capsys: pytest.CaptureFixture[str]):
-    _tamper(RunFolder(which(folder)).ledger(1), 9 if which is interrupted_run else 3, digest="00000000deadbeef")
+    _tamper(
+        RunFolder(which(folder)).ledger / "rank-00001.jsonl",
+        9 if which is interrupted_run else 3,
+        digest="00000000deadbeef",
+    )
     assert demo.report_demo(folder) == 1
     assert "saw other samples in 1 steps" in capsys.readouterr().err
 
@@ -203,8 +207,8 @@ def test_the_demo_itself(tmp_path: Path):
     with Image.open(folder / "loss.png") as picture:
         assert picture.size == (1000, 450)
 
-    ledger = RunFolder(interrupted_run(folder)).ledger(0)
-    _tamper(ledger, int(killed[2]) - 1, digest="0" * 16)
+    ledger = sorted(RunFolder(interrupted_run(folder)).ledger.glob("rank-00000.*"))[-1]
+    ledger.write_bytes(ledger.read_bytes()[:-16] + b"0" * 16)
     again = subprocess.run([*command, "--report"], env=environment, capture_output=True, text=True)
     assert again.returncode == 1
     assert "FAILED" in again.stderr

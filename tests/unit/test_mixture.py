@@ -81,6 +81,9 @@ def test_every_set_has_its_share_of_every_block_and_its_samples_once_an_epoch(c)
     for at in range(0, len(rows), c["block"]):
         owners = Counter(i for i, _, _ in rows[at : at + c["block"]])
         assert [owners[i] for i in range(len(c["sets"]))] == [s.quota for s in order.state.sets]
+    for i in range(len(c["sets"])):
+        own = [e for s, e, _ in rows if s == i]
+        assert own == sorted(own)  # one epoch after the other
     counts = Counter(rows)
     assert set(counts.values()) == {1}
     for i, (state, own) in enumerate(zip(order.state.sets, order.orders)):

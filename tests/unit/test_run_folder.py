@@ -60,7 +60,7 @@ def test_digests_of_all_ranks_add_up(tmp_path):
 
     def line(rank: int, step: int, attempt: int, digest: int) -> None:
         append_line(
-            run.ledger(rank),
+            run.ledger / f"rank-{rank:05d}.jsonl",
             {"step": step, "attempt": attempt, "epoch": 0, "position": 4 * step, "digest": f"{digest:016x}"},
         )
 

@@ -19,6 +19,7 @@ from pipeline.checkpoint.manager import best_step, choose, committed_steps, step
 from pipeline.cli import EXIT_SAVED, run_smoke
 from pipeline.cli_eval import run_eval
 from pipeline.config import load_config
+from pipeline.ledger import LedgerReader
 from pipeline.model import create_model
 from pipeline.parallel.engine import EMA, WEIGHT
 from pipeline.run import read_digests, read_lines, read_metrics
@@ -291,9 +292,9 @@ def test_too_many_bad_samples_end_the_run_with_a_message(tmp_path, capsys):
     assert len(committed_steps(tmp_path / "run" / "checkpoints")) == 1
     assert train(tmp_path / "run", data, "data.max_bad_fraction=0.2") == 0
     assert events(tmp_path / "run", "resume")
-    ledger = {line["step"]: line for line in read_lines(tmp_path / "run" / "ledger" / "rank-00000.jsonl")}
-    assert sum(len(line.get("masked", [])) for line in ledger.values()) == 16  # two epochs
-    assert all("crc32" in text for line in ledger.values() for _, _, text in line.get("masked", []))
+    masked = {step: m for s in LedgerReader(tmp_path / "run" / "ledger", 0) for step, m in s.masked.items()}
+    assert sum(map(len, masked.values())) == 16  # two epochs
+    assert all("crc32" in text for rows in masked.values() for _, _, text in rows)
 
 
 def test_a_bad_sample_changes_the_gradient_by_its_own_share_only(tmp_path):
