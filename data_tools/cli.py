@@ -121,7 +121,7 @@ def shard(
         DedupeChoice, typer.Option(help="exact: images with the same bytes are kept once (reads everything once more).")
     ] = DedupeChoice.off,
     dedupe_against: Annotated[
-        list[Path] | None, typer.Option(help="A finished data set whose images are kept out; repeatable.")
+        list[str] | None, typer.Option(help="A finished data set (or its URL) whose images are kept out; repeatable.")
     ] = None,
     resize: Annotated[int, typer.Option(min=0, help="Shrink to this shorter side in pixels; 0: keep.")] = 0,
     encode: Annotated[str, typer.Option(help="keep the bytes, or jpeg:90, webp:85.")] = "keep",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +16,14 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from data_tools import planner
-from data_tools.dedupe import Dropped, HashTask, dataset_hashes, find_dropped, hash_tasks, run_hash_task
+from data_tools.dedupe import Dropped, dataset_hashes, find_dropped
 from data_tools.errors import UserError
-from data_tools.images import BadImage
+from data_tools.hashing import DIGEST, HASH_FOLDER, Spread, hash_listing, on_processes
 from data_tools.labels import number_labels, read_classes
-from data_tools.plan import PlannedSample, PlanOptions, ShardPlan
+from data_tools.plan import PlanOptions, ShardPlan
 from data_tools.plan_store import DUPLICATES_NAME, iter_samples
 from data_tools.planner import Numbering, Report
-from data_tools.reading import Inputs, SampleReader
+from data_tools.reading import Inputs
 from data_tools.scan import Listing, fingerprint, prefix_bytes, scan_sources
 from data_tools.sources import Columns, Source, open_sources
 from data_tools.storage import write_atomic
@@ -39,13 +38,13 @@ class Request:
 
     - sources: paths or URLs; columns: see `sources.Columns`; classes: a file with one class name a line.
     - dedupe_against: finished data sets whose images are kept out.
-    - storage_options: fsspec's arguments for URLs; workers: threads that hash, 0 for one a core.
+    - storage_options: fsspec's arguments for URLs; workers: processes that hash, 0 for one a core.
     """
 
     sources: tuple[str, ...]
     columns: Columns = field(default_factory=Columns)
     classes: Path | None = None
-    dedupe_against: tuple[Path, ...] = ()
+    dedupe_against: tuple[str, ...] = ()
     storage_options: dict[str, Any] = field(default_factory=dict)
     workers: int = 0
 
@@ -53,11 +52,20 @@ class Request:
 class Draft:
     """The plan that a request and options ask for. `options.order` may be `auto`. Raises UserError as its parts do."""
 
-    def __init__(self, request: Request, options: PlanOptions, folder: Path, report: Report | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        options: PlanOptions,
+        folder: Path,
+        report: Report | None = None,
+        spread: Spread | None = None,
+    ) -> None:
+        """`spread` runs the tasks that hash contents; default: processes of this machine."""
         self._request, self._folder, self._work, self._report = request, folder, folder / WORK_FOLDER, report
+        self._spread = spread or on_processes(request.workers)
         self._sources: list[Source] = open_sources(request.sources, request.columns, request.storage_options)
         self._given = None if request.classes is None else read_classes(request.classes)
-        self._held_out = [dataset_hashes(place) for place in request.dedupe_against]
+        self._held_out = [dataset_hashes(place, request.storage_options) for place in request.dedupe_against]
         self.options = replace(
             options, order=self._order(options.order), held_out=" ".join(digest for digest, _ in self._held_out)
         )
@@ -164,20 +172,13 @@ class Draft:
             return Dropped()
         import numpy as np
 
-        folder = self._work / "hashes"
-        folder.mkdir(parents=True, exist_ok=True)
-        tasks = hash_tasks(self.listing, folder)
-        missing = [t for t in tasks if not t.out.exists()]
         inputs = Inputs(self.listing.roots, tuple(prefix_bytes(self._sources)), self._request.storage_options)
-        workers = self._request.workers or len(os.sched_getaffinity(0))
+        spread = self._spread
         if any(s.forward_only for s in self._sources):
-            workers = 1  # one stream, read once
-        with ThreadPoolExecutor(workers) as pool:
-            for done, _ in enumerate(pool.map(lambda task: hash_block(task, inputs), missing), 1):
-                if self._report is not None:
-                    self._report("hashing", len(tasks) - len(missing) + done, len(tasks))
-        held_out = [hashes for _, hashes in self._held_out] or [np.zeros(0, [("high", "<u8"), ("low", "<u8")])]
-        return find_dropped(self.listing, folder, exact, np.concatenate(held_out), self._folder)
+            spread = on_processes(1)  # one stream, read once
+        files = hash_listing(self.listing, inputs, self._work / HASH_FOLDER, spread, self._report)
+        held_out = np.concatenate([np.zeros(0, DIGEST), *(hashes for _, hashes in self._held_out)])
+        return find_dropped(self.listing, files, exact, held_out, self._folder)
 
     # --- saying what changed --------------------------------------------------------------------------------
 
@@ -210,25 +211,3 @@ class Draft:
                 if before.get(name := os.fsdecode(path), mtime) != mtime:
                     paths.append(name)
         return f"{len(paths)}, the first is {min(paths)!r}" if paths else "change times differ"
-
-
-def hash_block(task: HashTask, inputs: Inputs) -> None:
-    """One hashing task, from start to end: a pure function of its block of the listing."""
-    with SampleReader(inputs) as reader:
-
-        def read(row: dict[str, Any]) -> bytes | None:
-            try:
-                return reader.read(listed_sample(row, inputs))
-            except BadImage:  # packing will say why
-                return None
-
-        run_hash_task(task, read)
-
-
-def listed_sample(row: dict[str, Any], inputs: Inputs) -> PlannedSample:
-    """A row of the listing as a sample that can be read."""
-    place = row["container"] or row["path"][inputs.prefixes[row["source"]] :]
-    return PlannedSample(
-        "", os.fsdecode(row["path"]), row["size"], row["mtime_ns"], -1, row["extra"] or "", row["source"],
-        os.fsdecode(place), row["offset"], row["stored"], row["codec"],
-    )  # fmt: skip

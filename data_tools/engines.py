@@ -12,16 +12,18 @@ import shutil
 import signal
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from data_tools.draft import Draft, Request
+from data_tools.draft import WORK_FOLDER, Draft, Request
 from data_tools.errors import Interrupted, UserError
 from data_tools.estimate import estimate_seconds
 from data_tools.finalize import finalize
+from data_tools.hashing import HASH_FOLDER, on_processes, waiting_tasks
 from data_tools.local_pool import LocalPool
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.output import Output
@@ -84,7 +86,7 @@ class ShardOptions:
     classes: Path | None = None
     group_by: str | None = None
     dedupe: Literal["off", "exact"] = "off"
-    dedupe_against: tuple[Path, ...] = ()
+    dedupe_against: tuple[Path | str, ...] = ()
     resize: int = 0
     encode: str = "keep"
 
@@ -134,8 +136,8 @@ class ShardOptions:
 
     def request(self) -> Request:
         return Request(
-            self.sources, replace(self.columns, group=self.group_by), self.classes, self.dedupe_against,
-            self.storage_options, self.workers,
+            self.sources, replace(self.columns, group=self.group_by), self.classes,
+            tuple(map(str, self.dedupe_against)), self.storage_options, self.workers,
         )  # fmt: skip
 
 
@@ -191,20 +193,27 @@ def submit_corpus(options: ShardOptions) -> str:
     from data_tools.slurm_array import submit_array
 
     plan = plan_into(options)
-    num_tasks = options.num_tasks or min(len(plan.shards), 100)
+    num_tasks = options.num_tasks or 100
     return submit_array(options.output(), min(num_tasks, len(plan.shards)), options.workers, options.sbatch)
 
 
 def run_part(output: Output, task_id: int, num_tasks: int, workers: int = 0, report: Report | None = None) -> None:
     """Packs every `num_tasks`-th shard of the plan in `output`, beginning with `task_id`: one task of an array.
+    While that plan is being made and needs content hashes, takes its part of those instead.
 
     Any number of parts may run at once, each on its own machine. Raises UserError as `shard_corpus` does, and
     where the same part is running already.
     """
     if not 0 <= task_id < num_tasks:
         raise UserError(f"--task-id {task_id}: must be from 0 to {num_tasks - 1} (--num-tasks {num_tasks})")
-    plan = stored_plan(output)
     folder = output.plan_folder
+    hashing = waiting_tasks(folder / WORK_FOLDER / HASH_FOLDER, output.storage_options)
+    if hashing is not None:  # the plan is still being made
+        with _errors(output), _terminate_like_interrupt():
+            missing = [t for t in hashing[task_id::num_tasks] if not t.out.exists()]
+            deque(on_processes(workers)(missing), maxlen=0)
+        return
+    plan = stored_plan(output)
     with (
         _errors(output),
         _terminate_like_interrupt(),
@@ -329,8 +338,7 @@ def _pack_here(tasks: list[Task], board: Board) -> None:
         def progress(done: int, bad: int, source_bytes: int) -> bool:
             nonlocal last
             last = (done, bad, source_bytes)
-            if not done & 15:  # asking the clock for every small image would be felt
-                board.show(*last)
+            board.show(*last)
             return True
 
         packed = run_task(task, progress)

@@ -13,7 +13,11 @@ class UserError(Exception):
     exit_code = 1
 
 
-class Interrupted(UserError):
+class Unfinished(UserError):
+    """A store out of reach, a lost machine: nothing is wrong with the request, and what is done stays done."""
+
+
+class Interrupted(Unfinished):
     """Ctrl-C or SIGTERM: what is committed stays, the same call goes on from there."""
 
     exit_code = 130

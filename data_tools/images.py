@@ -14,10 +14,13 @@ from typing import NamedTuple
 
 import simplejpeg
 
+from data_tools.jpeg_headers import jpeg_sizes
+
 _JPEG = b"\xff\xd8\xff"
+_JPEG_FORMAT = ("jpg", "JPEG")
 # (suffix of the tar member, Pillow's name, first bytes)
 _MAGIC = [
-    ("jpg", "JPEG", _JPEG),
+    (*_JPEG_FORMAT, _JPEG),
     ("png", "PNG", b"\x89PNG\r\n\x1a\n"),
     ("gif", "GIF", b"GIF8"),
     ("bmp", "BMP", b"BM"),
@@ -47,15 +50,42 @@ def check_image(data: bytes, max_pixels: int, decode: bool = True) -> ImageInfo:
     """
     if not data:
         raise BadImage("empty file")
-    suffix, pillow_format = ("jpg", "JPEG") if data.startswith(_JPEG) else sniff_format(data)
-    if suffix == "jpg":
-        size = _jpeg_size(data)
-        if size is not None:
+    suffix, pillow_format = _JPEG_FORMAT if data.startswith(_JPEG) else sniff_format(data)
+    if pillow_format == "JPEG":
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        except (ValueError, KeyError):  # unusual subsampling (KeyError: 4:4:1), which Pillow may know, or damage
+            pass
+        else:
+            size = int(width), int(height)
             _limit(*size, max_pixels)
             if decode:
                 _decode_jpeg(data)
             return ImageInfo(suffix, *size)
     return ImageInfo(suffix, *_check_with_pillow(data, pillow_format, max_pixels, decode))
+
+
+def check_images(
+    images: list[bytes | BadImage], max_pixels: int, decode: bool = True
+) -> Iterator[ImageInfo | BadImage]:
+    """`check_image` of each, with the reason in place of an exception; what is bad already stays so.
+
+    Without `decode` the header of a usual JPEG is only looked at as far as its size needs.
+    """
+    sizes = jpeg_sizes([b"" if isinstance(data, BadImage) else data for data in images])
+    for data, (width, height) in zip(images, sizes):
+        try:
+            if isinstance(data, BadImage):
+                yield data
+            elif width:
+                _limit(width, height, max_pixels)
+                if decode:
+                    _decode_jpeg(data)
+                yield ImageInfo("jpg", width, height)
+            else:
+                yield check_image(data, max_pixels, decode)
+        except BadImage as e:
+            yield e
 
 
 def sniff_format(data: bytes) -> tuple[str, str]:
@@ -70,15 +100,6 @@ def sniff_format(data: bytes) -> tuple[str, str]:
 def _limit(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BadImage(f"{width} x {height} pixels, more than the limit of {max_pixels}")
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height), or None where simplejpeg cannot read the header (unusual subsampling: Pillow may)."""
-    try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    except (ValueError, KeyError):  # KeyError: 4:4:1
-        return None
-    return int(width), int(height)
 
 
 def _decode_jpeg(data: bytes) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import xxhash
 
 from data_tools.manifest import INDEX_DTYPE
+
+IndexRow = tuple[int, int, int, int, int, int, int]  # in the order of INDEX_DTYPE's fields
 
 
 def key_hash(key: str) -> int:
@@ -15,9 +18,12 @@ def key_hash(key: str) -> int:
     return xxhash.xxh3_64_intdigest(key.encode())
 
 
-def index_bytes(rows: list[tuple[int, int, int, int, int, int, int]]) -> bytes:
+def index_bytes(rows: Sequence[IndexRow]) -> bytes:
     """The `.npy` file of `rows`, each in the order of INDEX_DTYPE's fields; the same rows give the same
     bytes."""
+    table = np.empty(len(rows), INDEX_DTYPE)
+    for name, column in zip(INDEX_DTYPE.names or (), zip(*rows)):  # by column: several times as fast as by row
+        table[name] = np.array(column, INDEX_DTYPE[name])
     buffer = io.BytesIO()
-    np.save(buffer, np.array(rows, dtype=INDEX_DTYPE), allow_pickle=False)
+    np.save(buffer, table, allow_pickle=False)
     return buffer.getvalue()

@@ -22,7 +22,7 @@ from data_tools.checksum import crc32
 from data_tools.errors import UserError
 from data_tools.finalize import QUARANTINE_NAME, TooManyBad, publish_manifest
 from data_tools.images import BadImage, check_image
-from data_tools.index import index_bytes, key_hash
+from data_tools.index import IndexRow, index_bytes, key_hash
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest, ShardInfo, index_name
 from data_tools.parallel import map_processes
 from data_tools.storage import is_url, join
@@ -205,7 +205,7 @@ def _read_tar(
     path: Path, name: str, options: IndexOptions, classes: list[str] | None, stamp: str
 ) -> tuple[IndexedTar, bytes]:
     numbers = {c: i for i, c in enumerate(classes)} if classes is not None else None
-    rows: list[tuple[int, int, int, int, int, int, int]] = []
+    rows: list[IndexRow] = []
     bad: list[tuple[str, str]] = []
     passed_over = 0
     with open(path, "rb", buffering=0) as raw:

@@ -19,7 +19,10 @@ def raw_path(path: str) -> bytes:
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/-]")
 _SUFFIXES = "|".join(sorted(s[1:] for s in IMAGE_SUFFIXES))
 # Names that are keys as they are, without their suffix: nearly all of a usual corpus.
-_PLAIN = re.compile(rf"([A-Za-z0-9_-](?:[A-Za-z0-9_/-]{{0,{MAX_KEY - 2}}}[A-Za-z0-9_-])?)\.(?i:{_SUFFIXES})".encode())
+_PLAIN_TEXT = re.compile(
+    rf"([A-Za-z0-9_-](?:[A-Za-z0-9_/-]{{0,{MAX_KEY - 2}}}[A-Za-z0-9_-])?)\.(?i:{_SUFFIXES})", re.ASCII
+)
+_PLAIN = re.compile(_PLAIN_TEXT.pattern.encode())
 _OTHER_URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
 
 
@@ -46,6 +49,15 @@ def sample_key(path: bytes, twin: bool = False) -> str:
         return plain[1].decode()
     text = path.decode("utf-8", "surrogateescape")
     return member_key(text, f"-{xxhash.xxh3_64_hexdigest(path)}" if twin else "")
+
+
+def sample_keys(paths: list[str], twins: list[bool]) -> list[str]:
+    """`sample_key` of each path, given as text."""
+    plain = _PLAIN_TEXT.fullmatch
+    return [
+        m[1] if not twin and (m := plain(path)) is not None else sample_key(raw_path(path), twin)
+        for path, twin in zip(paths, twins)
+    ]
 
 
 def key_hashes(paths: list[bytes]) -> list[int]:

@@ -8,22 +8,26 @@ only if its marker does. Memory: one image, a write buffer, and the slice.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import xxhash
 
 from data_tools.checksum import crc32
-from data_tools.images import BadImage, check_image
-from data_tools.index import index_bytes, key_hash
+from data_tools.images import BadImage, ImageInfo, check_images
+from data_tools.index import IndexRow, index_bytes, key_hash
 from data_tools.manifest import ShardInfo, index_name
 from data_tools.plan import PlannedSample, PlannedShard, PlanOptions
-from data_tools.plan_store import PLAN_FOLDER, read_slice
+from data_tools.plan_store import PLAN_FOLDER, iter_slice
 from data_tools.reading import Inputs, SampleReader, UnreadableImage
 from data_tools.storage import atomic_file, write_atomic
 from data_tools.tar_writer import HashedTar
 from data_tools.transform import convert, converts
+
+Progress = Callable[[int, int, int], bool]
+
+_BATCH_BYTES, _BATCH_IMAGES = 1 << 20, 1024  # what is read before it is looked at
 
 
 @dataclass(frozen=True)
@@ -67,31 +71,43 @@ class Stopped(Exception):
     """The run was asked to stop; what this task had written is removed."""
 
 
-def pack_shard(task: PackTask, progress: Callable[[int, int, int], bool] | None = None) -> PackedShard:
+def pack_shard(task: PackTask, progress: Progress | None = None) -> PackedShard:
     """Packs and commits one shard; returns what its marker says.
 
-    `progress(samples, bad, source bytes)` is called after every image, with the counts of this task; when it
-    returns False the task ends with Stopped. Raises UserError where an image is not what was planned (its
-    size or change time differs), OSError for trouble with the disk. Either way nothing of the shard is
-    visible.
+    `progress(samples, bad, bytes of good images)` is called after every image (after a few of them where nothing is
+    decoded), with the counts of this task; when it returns False the task ends with Stopped. Raises UserError where
+    an image is not what was planned (its size or change time differs), OSError for trouble with the disk. Either way
+    nothing of the shard is visible.
     """
-    slice_ = read_slice(task.out / PLAN_FOLDER, task.shard, task.inputs.prefixes)
-    rows: list[tuple[int, int, int, int, int, int, int]] = []
+    slice_ = iter_slice(task.out / PLAN_FOLDER, task.shard, task.inputs.prefixes)
+    progress = progress or (lambda *_: True)
+    rows: list[IndexRow] = []
     bad: list[BadSample] = []
-    read = 0
+    options = task.options
+    converting = converts(options)
+    decode = options.verify and not converting
+    number = read = 0
     tar_path = task.out / task.shard.name
     with atomic_file(tar_path, sync_name=False) as file, SampleReader(task.inputs) as reader:
         tar = HashedTar(file)
-        for number, (sample, data) in enumerate(reader.read_all(slice_), 1):
-            try:
-                if isinstance(data, BadImage):
-                    raise data
-                read += len(data)
-                rows.append(_append(tar, sample, data, task.options))
-            except BadImage as e:
-                bad.append(BadSample(sample.path, str(e), content=not isinstance(e, UnreadableImage)))
-            if progress is not None and not progress(number, len(bad), read):
-                raise Stopped
+        for samples, images in _batches(reader.read_all(slice_)):
+            last = number + len(samples)
+            for sample, data, info in zip(samples, images, check_images(images, options.max_pixels, decode)):
+                number += 1
+                try:
+                    if isinstance(data, BadImage):
+                        raise data
+                    if isinstance(info, BadImage):
+                        raise info
+                    read += len(data)
+                    if converting:
+                        data, info = convert(data, info, options)
+                    rows.append(_append(tar, sample, data, info))
+                except BadImage as e:
+                    bad.append(BadSample(sample.path, str(e), content=not isinstance(e, UnreadableImage)))
+                # With decoding, after every image: it may be the next one that kills this process.
+                if (decode or converting or number == last) and not progress(number, len(bad), read):
+                    raise Stopped
         tar.close()
     index = index_bytes(rows)
     if rows:
@@ -106,23 +122,32 @@ def pack_shard(task: PackTask, progress: Callable[[int, int, int], bool] | None 
     return packed
 
 
-def _append(
-    tar: HashedTar, sample: PlannedSample, data: bytes, options: PlanOptions
-) -> tuple[int, int, int, int, int, int, int]:
-    """Writes the image member, with a label its `.cls`, with extra columns its `.json`; returns the index row.
+def _batches(
+    read: Iterable[tuple[PlannedSample, bytes | BadImage]],
+) -> Iterator[tuple[list[PlannedSample], list[bytes | BadImage]]]:
+    """Neighbours, as far as a few of them cost little memory: small images are cheaper together than one by one."""
+    samples: list[PlannedSample] = []
+    images: list[bytes | BadImage] = []
+    size = 0
+    for sample, data in read:
+        samples.append(sample)
+        images.append(data)
+        size += len(data) if isinstance(data, bytes) else 0
+        if size >= _BATCH_BYTES or len(samples) == _BATCH_IMAGES:
+            yield samples, images
+            samples, images, size = [], [], 0
+    yield samples, images
 
-    Raises BadImage before anything is written.
-    """
-    converting = converts(options)
-    info = check_image(data, options.max_pixels, options.verify and not converting)
-    if converting:
-        data, info = convert(data, info, options)
-    offset = tar.add(f"{sample.key}.{info.suffix}", data)
-    if sample.label >= 0:
-        tar.add(f"{sample.key}.cls", b"%d" % sample.label)
+
+def _append(tar: HashedTar, sample: PlannedSample, data: bytes, info: ImageInfo) -> IndexRow:
+    """Writes the image member, with a label its `.cls`, with extra columns its `.json`; returns the index row."""
+    key, label = sample.key, sample.label
+    offset = tar.add(f"{key}.{info.suffix}", data)
+    if label >= 0:
+        tar.add(f"{key}.cls", b"%d" % label)
     if sample.extra:
-        tar.add(f"{sample.key}.json", sample.extra.encode())
-    return key_hash(sample.key), offset, len(data), crc32(data), sample.label, info.width, info.height
+        tar.add(f"{key}.json", sample.extra.encode())
+    return key_hash(key), offset, len(data), crc32(data), label, info.width, info.height
 
 
 # --- markers ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.errors import UserError
-from data_tools.keys import sample_key
+from data_tools.keys import sample_keys
 from data_tools.plan import PLAN_VERSION, CorpusSummary, PlannedSample, PlannedShard, PlanOptions, ShardPlan
 from data_tools.storage import write_atomic
+from data_tools.tables import read_rows
 
 PLAN_FOLDER = "plan"
 DUPLICATES_NAME = "duplicates.jsonl"
 SLICE_COLUMNS = [
     "path", "size", "mtime_ns", "label", "extra", "source", "container", "offset", "stored", "codec", "twin",
 ]  # fmt: skip
+_OBJECTS = 1024  # samples that exist as objects at once
 
 
 def partition_path(folder: Path, number: int) -> Path:
@@ -70,65 +73,63 @@ def load_plan(folder: Path) -> ShardPlan | None:
 
 
 def read_slice(folder: Path, shard: PlannedShard, prefixes: tuple[int, ...] = ()) -> list[PlannedSample]:
+    """All of `iter_slice`."""
+    return list(iter_slice(folder, shard, prefixes))
+
+
+def iter_slice(folder: Path, shard: PlannedShard, prefixes: tuple[int, ...] = ()) -> Iterator[PlannedSample]:
     """The samples of one shard, in tar order. Raises UserError where the tables do not fit the plan.
 
     prefixes: those of the plan's corpus, where it has several sources; only `place` needs them.
     """
-    samples: list[PlannedSample] = []
-    partition, row = shard.partition, shard.row
-    while len(samples) < shard.samples:
+    left, partition, row = shard.samples, shard.partition, shard.row
+    while left:
         path = partition_path(folder, partition)
         try:
-            table = _rows(path, row, shard.samples - len(samples))
+            table = read_rows(path, row, left, SLICE_COLUMNS)
         except (OSError, pa.ArrowInvalid) as e:
             raise UserError(f"{path} does not fit its plan ({e}); delete {folder.parent}") from e
         if not table.num_rows:
             raise UserError(f"{path} does not fit its plan; delete {folder.parent}")
-        samples += _samples(table, prefixes)
-        partition, row = partition + 1, 0
-    return samples
+        for batch in table.to_batches(_OBJECTS):
+            yield from _samples(batch, prefixes)
+        left, partition, row = left - table.num_rows, partition + 1, 0
 
 
-def _rows(path: Path, start: int, length: int) -> pa.Table:
-    """Rows [start, start + length) of a table, fewer at its end; reads only the row groups that hold them."""
-    with pq.ParquetFile(path) as file:
-        groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        ends = np.cumsum(groups)
-        first = int(np.searchsorted(ends, start, side="right"))
-        last = min(int(np.searchsorted(ends, start + length)), len(groups) - 1)
-        if first >= len(groups):
-            return file.schema_arrow.empty_table()
-        table = file.read_row_groups(list(range(first, last + 1)), columns=SLICE_COLUMNS)
-        return table.slice(start - (int(ends[first - 1]) if first else 0), length)
+def _samples(batch: pa.RecordBatch, prefixes: tuple[int, ...]) -> Iterator[PlannedSample]:
+    columns = dict(zip(SLICE_COLUMNS, map(_values, batch.columns)))
+    paths, sources = columns.pop("path"), columns["source"]
+    texts = [path.decode("utf-8", "surrogateescape") for path in paths]
+    places = texts
+    if any(prefixes):
+        places = [os.fsdecode(path[prefixes[source] :]) for path, source in zip(paths, sources)]
+    if any(columns["container"]):
+        places = [os.fsdecode(inside) if inside else place for inside, place in zip(columns["container"], places)]
+    return map(
+        PlannedSample, sample_keys(texts, columns["twin"]), texts, columns["size"], columns["mtime_ns"],
+        columns["label"], columns["extra"], sources, places, columns["offset"], columns["stored"], columns["codec"],
+    )  # fmt: skip
 
 
-def _samples(table: pa.Table, prefixes: tuple[int, ...]) -> list[PlannedSample]:
-    columns = [_values(table.column(name)) for name in SLICE_COLUMNS]
-    found: list[PlannedSample] = []
-    for path, size, mtime, label, extra, source, container, offset, stored, codec, twin in zip(*columns):
-        text = path.decode("utf-8", "surrogateescape")
-        if container:
-            place = os.fsdecode(container)
-        else:
-            place = os.fsdecode(path[prefixes[source] :]) if prefixes and prefixes[source] else text
-        found.append(
-            PlannedSample(
-                sample_key(path, twin), text, size, mtime, label, extra or "", source, place, offset, stored, codec
-            )
-        )
-    return found
-
-
-def _values(column: pa.ChunkedArray) -> list[Any]:
-    """The column's values; numbers by way of numpy, which is several times as fast."""
-    if pa.types.is_integer(column.type) and not column.null_count:
-        return column.to_numpy().tolist()
-    return column.to_pylist()
+def _values(column: pa.Array) -> list[Any]:
+    """The column's values, "" for missing ones; several times as fast as `to_pylist`."""
+    kind = column.type
+    if column.null_count == len(column):
+        return [""] * len(column)
+    if column.null_count:
+        return ["" if value is None else value for value in column.to_pylist()]
+    if not pa.types.is_binary(kind):
+        return column.to_numpy(zero_copy_only=False).tolist()
+    _, offsets, data = column.buffers()
+    ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1].tolist()
+    text = b"" if data is None else data.slice(ends[0], ends[-1] - ends[0]).to_pybytes()
+    first = ends[0]
+    return [text[a - first : b - first] for a, b in pairwise(ends)]
 
 
 def iter_samples(folder: Path) -> Iterator[PlannedSample]:
     """All samples of the plan in `folder`, in tar order, one table after the other."""
     for path in sorted(folder.glob("samples-*.parquet")):
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=SLICE_COLUMNS):
-                yield from _samples(pa.Table.from_batches([batch]), ())
+            for batch in file.iter_batches(_OBJECTS, columns=SLICE_COLUMNS):
+                yield from _samples(batch, ())

@@ -18,7 +18,7 @@ import xxhash
 from data_tools import ustar
 from data_tools.checksum import crc32
 from data_tools.errors import UserError
-from data_tools.index import index_bytes, key_hash
+from data_tools.index import IndexRow, index_bytes, key_hash
 from data_tools.keys import MAX_KEY, member_key
 from data_tools.manifest import ShardInfo, index_name
 from data_tools.output import Output
@@ -81,7 +81,7 @@ def _walk_extents(store: Store, shard: ShardInfo) -> tuple[np.ndarray, np.ndarra
 def copy_shard(task: CopyTask) -> PackedShard:
     """Writes, commits and publishes one shard. Raises UserError where a source is not what its index says."""
     folder = task.output.folder
-    rows: list[tuple[int, int, int, int, int, int, int]] = []
+    rows: list[IndexRow] = []
     with atomic_file(folder / task.name, sync_name=False) as file:
         tar = HashedTar(file)
         for number, data in enumerate(_read(task)):
@@ -127,9 +127,7 @@ def _read(task: CopyTask) -> Iterator[tuple[Piece, Any, bytes]]:
         at = last + 1
 
 
-def _append(
-    tar: HashedTar, task: CopyTask, number: int, piece: Piece, row: Any, data: bytes
-) -> tuple[int, int, int, int, int, int, int]:
+def _append(tar: HashedTar, task: CopyTask, number: int, piece: Piece, row: Any, data: bytes) -> IndexRow:
     start, label = int(task.rows["start"][number]), int(task.rows["label"][number])
     image_at, size = int(row["offset"]) - start, int(row["size"])
     image = data[image_at : image_at + size]

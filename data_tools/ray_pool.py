@@ -9,17 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
-from data_tools.errors import UserError
+from data_tools.errors import Unfinished, UserError
 from data_tools.pack import PackedShard
 from data_tools.progress import REPORT_SECONDS, Board
 from data_tools.tasks import Task, run_task
 
 _MAX_LOSSES = 3  # of one task's worker before it counts as the task's fault
 _OBJECT_STORE_BYTES = 100 << 20  # results are a few hundred bytes
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class RayPool:
@@ -37,45 +41,65 @@ class RayPool:
                 self._tasks[0].output.remove_leftovers([t.name for t in self._tasks])
 
     def _run(self, ray: Any) -> None:
-        pack = ray.remote(num_cpus=1, max_retries=_MAX_LOSSES)(pack_one)
-        cores = self._workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        queue = iter(self._tasks)
-        running: dict[Any, Task] = {}
+        for packed, source_bytes in _map(ray, pack_one, self._tasks, self._workers, lambda t: t.name, self._board.show):
+            self._board.finished(packed, source_bytes)
 
-        def submit() -> None:
-            task = next(queue, None)
-            if task is not None:
-                running[pack.remote(task)] = task
 
-        for _ in range(cores if self._workers else 2 * cores):
-            submit()
-        try:
-            while running:
-                done, _ = ray.wait(list(running), timeout=REPORT_SECONDS)
-                for ref in done:
-                    packed, source_bytes = self._result(ray, ref, running[ref])
-                    del running[ref]
-                    self._board.finished(packed, source_bytes)
-                    submit()
-                self._board.show()
-        except BaseException:
-            for ref in running:
-                ray.cancel(ref, force=True)
-            if running:
-                ray.wait(list(running), num_returns=len(running), timeout=30)
-            raise
+def on_ray(work: Callable[[Item], Result], workers: int) -> Callable[[list[Item]], Iterator[Result]]:
+    """`work` on each of some items, on Ray; results as they come."""
 
-    @staticmethod
-    def _result(ray: Any, ref: Any, task: Task) -> tuple[PackedShard, int]:
-        try:
-            return ray.get(ref)
-        except ray.exceptions.RayTaskError as e:  # the task's own exception, wrapped
-            raise e.cause from None
-        except ray.exceptions.RayError as e:
-            raise UserError(
-                f"{task.name}: its Ray worker was lost {_MAX_LOSSES + 1} times (out of memory, or an image that "
-                f"crashes its decoder): {str(e).splitlines()[0]}. Finished shards stay: the same command goes on"
-            ) from e
+    def spread(items: list[Item]) -> Iterator[Result]:
+        with _cluster(workers) as ray:
+            yield from _map(ray, work, items, workers, lambda item: work.__name__)
+
+    return spread
+
+
+def _map(
+    ray: Any,
+    work: Callable[[Item], Result],
+    items: list[Item],
+    workers: int,
+    name: Callable[[Item], str],
+    idle: Callable[[], object] = bool,
+) -> Iterator[Result]:
+    """Results as they come, with a few more items in flight than there are cores; `idle` is called in between."""
+    remote = ray.remote(num_cpus=1, max_retries=_MAX_LOSSES)(work)
+    cores = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    queue = iter(items)
+    running: dict[Any, Item] = {}
+
+    def submit() -> None:
+        for item in islice(queue, 1):
+            running[remote.remote(item)] = item
+
+    for _ in range(cores if workers else 2 * cores):
+        submit()
+    try:
+        while running:
+            done, _ = ray.wait(list(running), timeout=REPORT_SECONDS)
+            for ref in done:
+                yield _result(ray, ref, name(running.pop(ref)))
+                submit()
+            idle()
+    except BaseException:
+        for ref in running:
+            ray.cancel(ref, force=True)
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=30)
+        raise
+
+
+def _result(ray: Any, ref: Any, name: str) -> Any:
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as e:  # the task's own exception, wrapped
+        raise e.cause from None
+    except ray.exceptions.RayError as e:
+        raise Unfinished(
+            f"{name}: its Ray worker was lost {_MAX_LOSSES + 1} times (out of memory, or an image that "
+            f"crashes its decoder): {str(e).splitlines()[0]}. What is done stays: the same command goes on"
+        ) from e
 
 
 def pack_one(task: Task) -> tuple[PackedShard, int]:

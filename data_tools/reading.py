@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, BinaryIO
 
 from data_tools.errors import UserError
@@ -84,15 +84,14 @@ class SampleReader:
         first = next(rest, None)
         if first is None:
             return
+        rest = chain([first], rest)
         if first.codec != Codec.FILE or not places.is_remote(self._where(first)):
-            yield first, self._or_reason(first)
-            for sample in rest:
-                yield sample, self._or_reason(sample)
+            yield from self._read_here(rest)
             return
         with ThreadPoolExecutor(_AHEAD) as pool:
             waiting: deque[tuple[PlannedSample, Future[bytes | BadImage]]] = deque()
             try:
-                for sample in (first, *islice(rest, _AHEAD - 1)):
+                for sample in islice(rest, _AHEAD):
                     waiting.append((sample, pool.submit(self._or_reason, sample)))
                 while waiting:
                     sample, future = waiting.popleft()
@@ -102,6 +101,22 @@ class SampleReader:
             finally:
                 for _, future in waiting:
                     future.cancel()
+
+    def _read_here(self, samples: Iterable[PlannedSample]) -> Iterator[tuple[PlannedSample, bytes | BadImage]]:
+        """One after the other. Files below a local root take a short way: for small ones every call is felt."""
+        local = [None if places.is_url(root) else root for root in self._roots]
+        for sample in samples:
+            root, place = local[sample.source], sample.place
+            if sample.codec != _FILE or root is None or place[:1] == "/" or "://" in place:
+                yield sample, self._or_reason(sample)
+            elif sample.size > MAX_FILE_BYTES:
+                yield sample, _too_large(sample)
+            else:
+                try:
+                    data = _read_local(root + place, sample.size, sample.mtime_ns)
+                except BadImage as e:
+                    data = e
+                yield sample, data
 
     def _or_reason(self, sample: PlannedSample) -> bytes | BadImage:
         try:
@@ -117,12 +132,12 @@ class SampleReader:
         plan was made.
         """
         if sample.size > MAX_FILE_BYTES:
-            raise BadImage(f"{sample.size} bytes, more than the limit of {MAX_FILE_BYTES}")
+            raise _too_large(sample)
         where = self._where(sample)
-        if sample.codec == _FILE:  # the usual case first: this is called for every image
-            if "://" in where and places.is_remote(where):
+        if sample.codec == Codec.FILE:
+            if places.is_remote(where):
                 return _read_remote(where, sample, self._inputs.storage_options)
-            return _read_local(places.local_path(where), sample)
+            return _read_local(places.local_path(where), sample.size, sample.mtime_ns)
         if sample.codec == Codec.BROKEN:
             raise BadImage(str(json.loads(sample.extra)))
         container = self._containers.get(where)
@@ -142,40 +157,33 @@ class SampleReader:
 # --- files of their own -------------------------------------------------------------------------------------
 
 
-def _read_local(path: str, sample: PlannedSample) -> bytes:
+def _read_local(path: str, size: int, mtime_ns: int) -> bytes:
     try:
         # O_NONBLOCK: opening a pipe that someone named .jpg must not wait for its other end.
         fd = os.open(path, _OPEN)
     except OSError as e:
         if e.errno not in _UNREADABLE:
             raise
-        if e.errno == errno.ENOENT and sample.mtime_ns:
+        if e.errno == errno.ENOENT and mtime_ns:
             raise _changed(path, "is gone") from e
         raise UnreadableImage(f"unreadable: {e.strerror}") from e
-    try:
-        # Looked at once, after reading: what is still as planned now was so while it was read.
-        data = _read_up_to(fd, sample.size)
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise UnreadableImage("not an ordinary file")
-        if found.st_size != sample.size or (sample.mtime_ns and found.st_mtime_ns != sample.mtime_ns):
-            raise _changed(path, "was written again")
-        if len(data) < sample.size:
-            raise _changed(path, "was cut short")
-        return data
-    finally:
-        os.close(fd)
-
-
-def _read_up_to(fd: int, size: int) -> bytes:
-    """`size` bytes, fewer at the end of the file. Raises UnreadableImage for what cannot be read at all."""
     try:
         data = os.read(fd, size)
         while len(data) < size and (more := os.read(fd, size - len(data))):
             data += more
+        # Looked at once, after reading: what is still as planned now was so while it was read.
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise UnreadableImage("not an ordinary file")
+        if found.st_size != size or (mtime_ns and found.st_mtime_ns != mtime_ns):
+            raise _changed(path, "was written again")
+        if len(data) < size:
+            raise _changed(path, "was cut short")
+        return data
     except (IsADirectoryError, BlockingIOError):
         raise UnreadableImage("not an ordinary file") from None
-    return data
+    finally:
+        os.close(fd)
 
 
 def _read_remote(url: str, sample: PlannedSample, options: dict[str, Any]) -> bytes:
@@ -201,6 +209,10 @@ def _fetch(fs: Any, url: str) -> bytes:
         if "Credentials" in type(e).__name__:  # botocore's own kinds: waiting does not help
             raise UserError(f"{url}: {e}; see --storage-options") from e
         raise
+
+
+def _too_large(sample: PlannedSample) -> BadImage:
+    return BadImage(f"{sample.size} bytes, more than the limit of {MAX_FILE_BYTES}")
 
 
 def _changed(path: str, what: str) -> UserError:

@@ -30,6 +30,7 @@ from data_tools.storage import write_atomic
 from data_tools.tables import pc, save_table
 
 PART_ROWS = 1 << 19
+_GROUP_ROWS = 1 << 14  # what a task that looks at some rows reads at least
 _UNIT_THREADS = 16
 SCAN_SCHEMA = SCHEMA.append(pa.field("source", pa.int16()))
 _DIGEST_COLUMNS = ("path", "size", "label", "labels", "split", "group", "extra")
@@ -247,7 +248,7 @@ class _Writer:
         table = pa.Table.from_batches(self._waiting, schema=SCAN_SCHEMA).combine_chunks()
         self._waiting, self._rows = [], 0
         part = _describe(table, dict(self._ignored), then)
-        save_table(_part_path(self._folder, number), [table])
+        save_table(_part_path(self._folder, number), [table], _GROUP_ROWS)
         write_atomic(_part_path(self._folder, number).with_suffix(".json"), json.dumps(asdict(part)).encode())
         self._parts.append(part)
         if self._report is not None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.draft import Draft
-from data_tools.errors import UserError
+from data_tools.errors import Unfinished, UserError
 from data_tools.finalize import QUARANTINE_NAME, SHEET_NAME
+from data_tools.hashing import Spread, hash_block, on_processes
 from data_tools.manifest import MANIFEST_NAME, index_name
 from data_tools.output import Output
 from data_tools.pack import marker_path
@@ -29,12 +30,14 @@ def settle_plan(options: ShardOptions, output: Output, report: PlanReport | None
     earlier = load_plan(folder)
     if earlier is None and output.url is None:
         _refuse_foreign(output)
-    draft = Draft(options.request(), options.plan_options(), folder, report)
+    draft = Draft(options.request(), options.plan_options(), folder, report, _spread(options, output))
     try:
         plan = _settled(draft, earlier, options, output)
         if output.url is not None:
             known = earlier is not None and earlier.digest == plan.digest
             _settle_remote(output, plan, options.overwrite, known)
+    except Unfinished:
+        raise
     except UserError:
         draft.clear()
         if earlier is None and output.url is not None:
@@ -42,6 +45,19 @@ def settle_plan(options: ShardOptions, output: Output, report: PlanReport | None
         raise
     draft.clear()
     return _store_plan(plan, output)
+
+
+def _spread(options: ShardOptions, output: Output) -> Spread:
+    """How the engine of this run hashes contents."""
+    if options.engine == "ray":
+        from data_tools.ray_pool import on_ray
+
+        return on_ray(hash_block, options.workers)
+    if options.engine == "slurm":
+        from data_tools.slurm_array import on_array
+
+        return on_array(output, options.num_tasks, options.workers, options.sbatch)
+    return on_processes(options.workers)
 
 
 def _settled(draft: Draft, earlier: ShardPlan | None, options: ShardOptions, output: Output) -> ShardPlan:

@@ -13,10 +13,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from data_tools.errors import Interrupted, UserError
+from data_tools.errors import Interrupted, Unfinished, UserError
+from data_tools.hashing import HashTask, Spread
 from data_tools.output import Output
 from data_tools.plan_store import PLAN_FOLDER, load_plan
 from data_tools.progress import Board, Progress
@@ -24,8 +25,9 @@ from data_tools.storage import OPTIONS_VARIABLE, write_atomic
 from data_tools.tasks import read_markers
 
 _POLL_SECONDS = 2.0
+_MOST_TASKS = 100  # where nobody says how many
 _SCRIPT = """#!/bin/bash
-# One task of an array that packs {place}; written by `mixer shard --engine slurm`.
+# One task of an array that packs (or first hashes for) {place}; written by `mixer shard --engine slurm`.
 exec {command} --task-id "$SLURM_ARRAY_TASK_ID" -- {output}
 """
 
@@ -105,6 +107,35 @@ def wait_for_array(job: str, output: Output, report: Callable[[Progress], None] 
             f"stopped waiting; SLURM job {job} goes on (scancel {job} ends it). When it has ended: "
             f"mixer shard --finalize {shlex.quote(output.place)}"
         ) from None
+
+
+def on_array(output: Output, num_tasks: int, workers: int = 0, sbatch: Sequence[str] = ()) -> Spread:
+    """Hashing tasks as an array of their own, which is waited for: the plan cannot be made before."""
+
+    def spread(tasks: list[HashTask]) -> Iterator[HashTask]:
+        parts = min(num_tasks or _MOST_TASKS, len(tasks))
+        job = submit_array(output, parts, workers, sbatch)
+        print(f"SLURM job {job} hashes the images for --dedupe; waiting for it", file=sys.stderr, flush=True)
+        waiting = tasks
+        try:
+            while waiting:
+                ended = not _is_queued(job)  # asked first: what it wrote before it ended is seen
+                there = set(os.listdir(tasks[0].out.parent))  # not a question for each: network file systems remember
+                yield from (t for t in waiting if t.out.name in there)
+                waiting = [t for t in waiting if t.out.name not in there]
+                if waiting and ended:
+                    raise Unfinished(
+                        f"SLURM job {job} ended with {len(waiting):,} of {len(tasks):,} hashing tasks missing; see "
+                        f"{_worst_log(output.plan_folder / 'logs', job)}. The same command goes on"
+                    )
+                time.sleep(_POLL_SECONDS if waiting else 0)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped waiting; SLURM job {job} goes on (scancel {job} ends it). When it has ended, the same "
+                "command goes on from there"
+            ) from None
+
+    return spread
 
 
 def _marker_names(listing: dict[str, int]) -> list[str]:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from data_tools.errors import UserError
+from data_tools.errors import Unfinished, UserError
 
 # A leading dot and no known suffix: no glob for tars or indexes takes a leftover for a finished file.
 _LEFTOVER = re.compile(r"^\.(.+)\.tmp-[0-9a-f]{8}$")
@@ -55,7 +55,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         write_all(file, data)
 
 
-def write_all(file: BinaryIO, data: bytes) -> None:
+def write_all(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
     """Writes everything to an unbuffered file, whose `write` may take only a part (a nearly full disk)."""
     view = memoryview(data)
     while view:
@@ -183,7 +183,7 @@ def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, st
 def retrying(action: Callable[[], Result], what: str, seconds: float | None = None) -> Result:
     """`action()`, tried again with growing pauses for up to `seconds` while its errors may pass.
 
-    Missing names, refused permissions and full disks are raised at once; after the last try a UserError says
+    Missing names, refused permissions and full disks are raised at once; after the last try Unfinished says
     `what` failed.
     """
     begin, pause = time.monotonic(), _FIRST_PAUSE
@@ -198,7 +198,7 @@ def retrying(action: Callable[[], Result], what: str, seconds: float | None = No
                 raise
             if time.monotonic() - begin + pause > limit:
                 tried = time.monotonic() - begin
-                raise UserError(
+                raise Unfinished(
                     f"{what}: {str(e) or type(e).__name__} (tried for {tried:.0f} s); what is committed stays: "
                     "run the same command to go on"
                 ) from e

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
@@ -37,3 +38,16 @@ def save_table(path: Path, groups: Iterable[pa.Table], group_rows: int = 1 << 20
     with atomic_file(path) as file:
         write_all(file, memoryview(sink.getvalue()))  # type: ignore[arg-type]
     return starts
+
+
+def read_rows(path: Path, start: int, length: int, columns: list[str] | None = None) -> pa.Table:
+    """Rows [start, start + length) of a table, fewer at its end; reads only the row groups that hold them."""
+    with pq.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        ends = np.cumsum(groups)
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = min(int(np.searchsorted(ends, start + length)), len(groups) - 1)
+        if first >= len(groups):
+            return file.schema_arrow.empty_table()
+        table = file.read_row_groups(list(range(first, last + 1)), columns=columns)
+        return table.slice(start - (int(ends[first - 1]) if first else 0), length)

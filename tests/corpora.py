@@ -23,6 +23,15 @@ def make_corpus(root: Path, count: int, classes: int = 3, side: int = 24) -> Pat
     return root
 
 
+def repeated(root: Path, count: int = 5000, distinct: int = 600) -> Path:
+    """Many images, most of which are there several times: enough for several hashing tasks."""
+    make_corpus(root, distinct)
+    for i in range(distinct, count):
+        original = root / f"class{i % distinct % 3}" / f"{i % distinct:05d}.jpg"
+        (root / f"class{i % 3}" / f"{i:05d}.jpg").write_bytes(original.read_bytes())
+    return root
+
+
 def set_files(out: Path) -> dict[str, bytes]:
     """Every file of a data set, plan and markers left out."""
     return {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}

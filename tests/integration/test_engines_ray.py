@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from corpora import make_corpus, markers, run, set_files, start, wait_until
+from corpora import make_corpus, markers, repeated, run, set_files, start, wait_until
 
 from data_tools.engines import ShardOptions, shard_corpus
 
@@ -84,3 +84,11 @@ def test_trouble_in_a_task_is_said_as_the_local_engine_says_it(tmp_path):
     (corpus / "class0" / "00000.jpg").write_bytes(b"no image")
     error = run("shard", corpus, tmp_path / "out", "--max-samples", 10, "--engine", "ray", "--workers", 1, code=1)
     assert "1 of 40 images are bad" in error and "Traceback" not in error
+
+
+def test_contents_are_hashed_on_ray_as_well(tmp_path):
+    corpus, options = repeated(tmp_path / "in"), ["--dedupe", "exact", "--max-samples", 2000, "--workers", 2]
+    run("shard", corpus, tmp_path / "local", *options)
+    run("shard", corpus, tmp_path / "ray", *options, "--engine", "ray")
+    assert set_files(tmp_path / "ray") == set_files(tmp_path / "local")
+    assert set_files(tmp_path / "ray")["duplicates.jsonl"].count(b"\n") == 4400

@@ -18,6 +18,7 @@ import pytest
 from corpora import jpeg, make_corpus
 from source_helpers import list_rows, tar_bytes
 
+from data_tools import hashing, settle
 from data_tools.engines import ShardOptions, preview_corpus, shard_corpus
 from data_tools.errors import UserError
 from data_tools.finalize import TooManyBad
@@ -182,13 +183,13 @@ def test_an_archive_that_changes_while_it_is_read(tmp_path, monkeypatch):
 
     archive = tmp_path / "a.tar"
     archive.write_bytes(tar_bytes(two_classes()))
-    check = pack.check_image
+    check = pack.check_images
 
     def then_change(*args):
         os.utime(archive, ns=(0, 1))
         return check(*args)
 
-    monkeypatch.setattr(pack, "check_image", then_change)
+    monkeypatch.setattr(pack, "check_images", then_change)
     with pytest.raises(UserError, match=r"a.tar was written again while"):
         shard_corpus(ShardOptions(archive, tmp_path / "out", workers=1))
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -390,6 +391,35 @@ def test_duplicates_are_dropped_and_listed(tmp_path):
             {"path": "class2/more.jpg", "reason": "duplicate", "of": "class0/00000.jpg"},
         ]
         assert shard_corpus(ShardOptions(source, out, workers=1, dedupe="exact", order=order, max_bad=1)) == manifest
+
+
+def test_killed_hashing_goes_on_with_the_blocks_that_are_missing(tmp_path, monkeypatch):
+    source = make_corpus(tmp_path / "in", 40)
+    for i in range(7):
+        (source / "class1" / f"again{i}.jpg").write_bytes(jpeg(3 * i))
+    _, expected = packed(source, tmp_path / "whole", dedupe="exact")
+    monkeypatch.setattr(hashing, "BLOCK_ROWS", 5)
+    monkeypatch.setattr(settle, "on_processes", lambda _: one_by_one)
+    begun = []
+
+    def one_by_one(tasks):
+        for task in tasks:
+            begun.append(task.out.name)
+            if len(begun) in (3, 6):
+                raise Killed
+            yield hashing.hash_block(task)
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            packed(source, tmp_path / "out", dedupe="exact")
+    _, found = packed(source, tmp_path / "out", dedupe="exact")
+    assert found == expected and len(found) == 40
+    assert len(begun) == 10 + 2 and len(set(begun)) == 10  # 47 rows; the two that were killed began twice
+    assert not (tmp_path / "out" / "plan" / "work").exists()
+
+
+class Killed(BaseException):
+    """No error that anybody catches."""
 
 
 def test_samples_of_another_set_are_kept_out(tmp_path):

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from corpora import make_corpus, markers, run, set_files, start, wait_until
+from corpora import make_corpus, markers, repeated, run, set_files, start, wait_until
 
 from data_tools.engines import Output, ShardOptions, plan_into, shard_corpus
 from data_tools.slurm_array import array_script
@@ -54,6 +54,18 @@ def test_a_node_without_power_in_the_middle(slurm, corpus, undisturbed, tmp_path
         slurm("start-node", 2)
     assert waiting.returncode == 0, error
     assert set_files(out) == undisturbed
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_contents_are_hashed_by_an_array_before(slurm, tmp_path):
+    corpus, options = repeated(tmp_path / "in"), ["--dedupe", "exact", "--max-samples", 200]
+    run("shard", corpus, tmp_path / "local", *options)
+    said = run("shard", corpus, tmp_path / "out", *options, "--engine", "slurm", "--num-tasks", 2, "--workers", 1,
+               "--wait", env=slurm.environment)  # fmt: skip
+    assert re.search(r"SLURM job \d+ hashes the images", said)
+    assert set_files(tmp_path / "out") == set_files(tmp_path / "local")
+    assert set_files(tmp_path / "out")["duplicates.jsonl"].count(b"\n") == 4400
 
 
 def test_trouble_of_a_task_is_told_to_who_waits(slurm, tmp_path):

@@ -3,12 +3,16 @@
 import io
 import struct
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools.images import BadImage, check_image
+from data_tools.images import BadImage, check_image, check_images
+from data_tools.jpeg_headers import jpeg_sizes
 from pipeline.data.decode import decode_image
 
 LIMIT = 10**6
@@ -46,6 +50,40 @@ def test_good_images(form, mode, suffix, kw, decode):
     else:
         data = encoded(form, mode, **kw)
     assert check_image(data, LIMIT, decode) == (suffix, 40, 30)
+
+
+SOME = [
+    encoded("JPEG"), encoded("JPEG", "L", size=(1, 1)), encoded("JPEG", "CMYK"), encoded("PNG"), b"", b"\xff\xd8\xff",
+    encoded("JPEG", size=(300, 7), progressive=True, comment=b"\xff\xc0" * 9, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"),
+]  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_many_headers_at_once_say_what_the_decoder_says(data):
+    images = [draw_damaged(data, image) for image in data.draw(st.lists(st.sampled_from(SOME), min_size=16))]
+    for image, size in zip(images, jpeg_sizes(images)):
+        if size != (0, 0):  # else the decoder is asked
+            with suppress(BadImage):  # damaged tables, which only decoding finds
+                assert size == check_image(image, LIMIT, decode=False)[1:]
+    assert all(size != (0, 0) for size in jpeg_sizes([SOME[0], SOME[6]] * 10))
+
+
+def draw_damaged(data: st.DataObject, image: bytes) -> bytes:
+    """The image, or what is left of it after a cut or some other byte in its header."""
+    if image and data.draw(st.booleans()):
+        at = data.draw(st.integers(0, min(len(image) - 1, 400)))
+        image = image[:at] if data.draw(st.booleans()) else image[:at] + b"\x7e" + image[at + 1 :]
+    return image
+
+
+def test_many_at_once_are_judged_as_one_by_one():
+    images = [*SOME * 4, encoded("JPEG", size=(2000, 600)), BadImage("unreadable")]
+    assert [i for i in check_images(images, LIMIT) if not isinstance(i, BadImage)] == [
+        check_image(i, LIMIT) for i in SOME[:4] + SOME[6:]
+    ] * 4
+    reasons = [str(i) for i in check_images(images, LIMIT) if isinstance(i, BadImage)]
+    assert reasons[-2:] == ["2000 x 600 pixels, more than the limit of 1000000", "unreadable"] and len(reasons) == 10
 
 
 def test_smallest_and_widest():

@@ -1,15 +1,18 @@
 """Keys, order, split and shard boundaries: pure functions of the listing and the options; plans on disk."""
 
+import io
 import json
 import os
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from tempfile import TemporaryFile
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +26,7 @@ from data_tools.plan_store import iter_samples, load_plan, read_slice
 from data_tools.planner import Numbering, build_plan
 from data_tools.scan import scan_sources
 from data_tools.sources.rows import Row, batches_of
+from data_tools.tar_writer import HashedTar
 
 SAFE = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]*)*")
 
@@ -108,6 +112,23 @@ def test_header_reads_back(name, size):
     name = name.strip("/") or "x"
     info = tarfile.TarInfo.frombuf(ustar.header(name, size), "ascii", "strict")  # checks the checksum
     assert (info.name, info.size, info.isreg(), info.mtime, info.uid, info.gid) == (name, size, True, 0, 0, 0)
+
+
+@given(st.lists(st.tuples(st.text("abc09_/-", min_size=1, max_size=90), st.integers(0, 40_000)), max_size=30))
+def test_members_written_together_read_back(members):
+    given = [(name.strip("/") or "x", os.urandom(1) * size) for name, size in members]
+    with TemporaryFile(buffering=0) as file:
+        tar = HashedTar(file)
+        offsets = [tar.add(name, data) for name, data in given]
+        tar.close()
+        file.seek(0)
+        raw = file.read()
+    assert len(raw) == tar.offset and xxhash.xxh3_128_hexdigest(raw) == tar.hexdigest()
+    assert [raw[at : at + len(data)] for at, (_, data) in zip(offsets, given)] == [data for _, data in given]
+    with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
+        assert [(m.name, m.size, m.offset_data) for m in archive] == [
+            (name, len(data), at) for at, (name, data) in zip(offsets, given)
+        ]
 
 
 def test_header_refuses_what_does_not_fit():
