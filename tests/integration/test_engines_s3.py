@@ -1,13 +1,15 @@
 """Sharding into an object store: a real server on loopback, killed together with the run or behind its back."""
 
+import io
 import json
 import os
 import signal
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
-from corpora import make_corpus, run, set_files, start, wait_until
+from corpora import make_corpus, markers, run, set_files, start, wait_until
 from s3_server import S3Server
 
 from data_tools.engines import ShardOptions, shard_corpus
@@ -95,6 +97,64 @@ def test_a_server_that_lost_everything_is_noticed_and_filled_again(corpus, undis
     assert process.returncode == 1 and ("are not packed yet" in error or "no such bucket" in error)
     run(*arguments(corpus, server, tmp_path))
     assert stored(server) == undisturbed
+
+
+# --- the corpus in a store ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corpus_in_store(corpus, server) -> str:
+    client = server.client()
+    client.create_bucket(Bucket="corpora")
+    with io.BytesIO() as archive:
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            tar.add(corpus, "photos")
+        client.put_object(Bucket="corpora", Key="photos.tar", Body=archive.getvalue())
+    files = sorted(corpus.rglob("*.jpg"))
+    for path in files:
+        client.put_object(Bucket="corpora", Key=f"photos/{path.relative_to(corpus)}", Body=path.read_bytes())
+    rows = "".join(f"photos/{p.relative_to(corpus)},{p.parent.name}\n" for p in files)
+    client.put_object(Bucket="corpora", Key="photos.csv", Body=b"path,label\n" + rows.encode())
+    return "s3://corpora/photos"
+
+
+def from_store(source: str, out, server: S3Server, *more) -> list:
+    return ["shard", source, out, "--max-samples", 10, "--workers", 2,
+            "--storage-options", json.dumps(server.options), *more]  # fmt: skip
+
+
+def test_folders_archives_and_lists_in_a_store(corpus, undisturbed, corpus_in_store, server, tmp_path):
+    run(*from_store(corpus_in_store, tmp_path / "folder", server))
+    assert set_files(tmp_path / "folder") == undisturbed
+    run(*from_store(f"{corpus_in_store}.tar", tmp_path / "tar", server, "--order", "shuffled"))
+    run(*from_store(f"{corpus_in_store}.csv", "s3://sets/listed", server, "--work", tmp_path / "work"))
+    run("data", "reshard", "s3://sets/listed", tmp_path / "csv", "--storage-options", json.dumps(server.options))
+    images = sorted(p.read_bytes() for p in corpus.rglob("*.jpg"))
+    assert sorted(members(tmp_path / "tar")) == sorted(members(tmp_path / "csv")) == images
+    assert "0 problems" in run("data", "verify", "s3://sets/listed", "--storage-options", json.dumps(server.options))
+
+
+def members(folder: Path) -> list[bytes]:
+    """The JPEGs of all shards."""
+    found = []
+    for path in folder.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            found += [tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")]  # type: ignore[union-attr]
+    return found
+
+
+def test_an_outage_of_the_corpus_is_waited_out(undisturbed, corpus_in_store, server, tmp_path):
+    out = tmp_path / "out"
+    process = start(*from_store(corpus_in_store, out, server, "--dedupe", "exact"))
+    wait_until(lambda: markers(out) >= 3, process)
+    server.kill()
+    time.sleep(4)
+    assert process.poll() is None and not (out / "dataset.json").exists()
+    server.start()
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    tars = {n: d for n, d in undisturbed.items() if n.endswith((".tar", ".npy"))}
+    assert {n: d for n, d in set_files(out).items() if n in tars} == tars  # nothing is there twice
 
 
 def test_refusals(corpus, server, tmp_path):

@@ -1,5 +1,6 @@
 """Archives, WebDataset tars, Parquet, URLs: from every kind of source to shards that read back as they were."""
 
+import gzip
 import io
 import json
 import os
@@ -369,6 +370,51 @@ def test_images_behind_http(tmp_path):
         _, found = packed(tmp_path / "m.jsonl", tmp_path / "out", max_bad=1)
         server.shutdown()
     assert sorted(s["jpg"] for s in found.values()) == sorted(jpeg(i) for i in range(6))
+
+
+class RangeHandler(SimpleHTTPRequestHandler):
+    """A web server that gives parts of files, as most do."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        path, asked = Path(self.translate_path(self.path)), self.headers.get("Range")
+        if asked is None or not path.is_file():
+            return super().do_GET()
+        first, last = asked.removeprefix("bytes=").split("-")
+        data = path.read_bytes()
+        part = data[int(first) : int(last or len(data)) + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        return self.wfile.write(part)
+
+    def end_headers(self):
+        self.send_header("Accept-Ranges", "bytes")
+        super().end_headers()
+
+
+def test_archives_and_lists_behind_http(tmp_path):
+    pytest.importorskip("aiohttp")
+    images, www = two_classes(), tmp_path / "www"
+    for path, data in images.items():
+        (www / path).parent.mkdir(parents=True, exist_ok=True)
+        (www / path).write_bytes(data)
+    (www / "a.tar").write_bytes(tar_bytes(images))
+    (www / "a.zip").write_bytes(zip_bytes(images))
+    (www / "a.tar.gz").write_bytes(gzip.compress(tar_bytes(images)))
+    (www / "m.csv").write_text("path,label\n" + "".join(f"{p},{p[:3]}\n" for p in images))
+    hugging_face(www / "t.parquet", 8, ["a", "b", "c"])
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=str(www))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("a.tar", "a.zip", "a.tar.gz", "m.csv", "t.parquet"):
+            _, found = packed(f"http://127.0.0.1:{server.server_port}/{name}", tmp_path / name)
+            assert sorted(s["jpg"] for s in found.values()) == sorted(images.values()), name
+        with pytest.raises(UserError, match=r"none\.tar"):
+            packed(f"http://127.0.0.1:{server.server_port}/none.tar", tmp_path / "none")
+        server.shutdown()
 
 
 # --- duplicates, previews -----------------------------------------------------------------------------------
