@@ -238,6 +238,7 @@ def _padding(share: Share, ranks: int, batch: int) -> str:
 def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
     """Opens the data, makes model and engine. Loads no state yet. Raises UserError."""
     c = config
+    deterministic(c.train.deterministic)
     run = RunFolder(c.run.dir, checkpoint_root(c))
     mirror = place(c.checkpoint.mirror, c.checkpoint.storage_options) if c.checkpoint.mirror else None
 
@@ -312,6 +313,15 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
     )
 
 
+def deterministic(wanted: bool) -> None:
+    """The same bits from the same run, on a GPU too; an operation that cannot promise it raises an error."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] - slow, for bugs only
+
+
 def build_engine(
     config: Config, world: World, model: torch.nn.Module, share: Share
 ) -> tuple[TrainEngine, WeightAverage]:
@@ -333,6 +343,7 @@ def build_engine(
         c.train.reshard_after_forward,
         c.optimizer.name,
         c.optimizer.momentum,
+        c.run.seed,
     )
     loss_fn = make_loss(c.loss.name, c.loss.label_smoothing)
     engine = make_engine(model, param_groups(model, c.optimizer.weight_decay), loss_fn, options, world)

@@ -123,7 +123,7 @@ class Trainer:
     def _step(self, batches: list[Batch], end: int) -> bool:
         """One optimizer step and what is due after it. True when training ends here."""
         self._show_batch(batches[0])
-        stats, norm = self.engine.train_step(batches, self.learning_rate(self.step))
+        stats, norm = self.engine.train_step(batches, self.learning_rate(self.step), self.step)
         self._complete_step(batches)
         self.sick.add(self.step, stats.loss, stats.weight, norm)
         self._watchdog.step(self.step, self._own_seconds[-1])

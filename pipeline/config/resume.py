@@ -56,6 +56,7 @@ _ON_RESUME: dict[str, Kind] = {
     "train.compile": "free",
     "train.activation_checkpointing": "free",
     "train.ema_decay": "declared",
+    "train.deterministic": "free",
     "eval.*": "free",
     "checkpoint.*": "free",
     "logging.*": "free",

@@ -110,6 +110,7 @@ class TrainConfig:
     compile: str = "none"
     activation_checkpointing: str = "none"
     ema_decay: float | None = None
+    deterministic: bool = False  # the same bits from run to run on a GPU too, at some cost; a CPU gives them anyhow
 
 
 @dataclass

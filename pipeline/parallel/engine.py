@@ -27,6 +27,7 @@ from data_tools.errors import UserError
 from pipeline.data.augment import normalize
 from pipeline.data.loader import Batch
 from pipeline.data.mixup import mix_images, mix_targets
+from pipeline.data.order import key
 from pipeline.parallel.blocks import prepare_blocks
 from pipeline.parallel.world import World
 
@@ -74,6 +75,7 @@ class EngineOptions:
     reshard_after_forward: bool = True
     optimizer: str = "adamw"  # adamw | sgd
     momentum: float = 0.9  # of sgd
+    seed: int = 0  # of what the model itself draws
 
 
 @dataclass
@@ -150,13 +152,16 @@ class TrainEngine(ABC):
 
     # -- training ---------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: list[Batch], lr: float) -> tuple[StepStats, Tensor]:
-        """One optimizer step. Returns the local sums and the gradient's global norm before clipping."""
+    def train_step(self, batches: list[Batch], lr: float, step: int = 0) -> tuple[StepStats, Tensor]:
+        """Optimizer step number `step`. Returns the local sums and the gradient's global norm before clipping."""
         self.model.train()
         self.own_seconds = 0.0
-        last = len(batches) - 1
-        stats = functools.reduce(operator.add, (self._forward_backward(b, i == last) for i, b in enumerate(batches)))
-        return stats, self._update(lr)
+        parts = []
+        for i, batch in enumerate(batches):
+            # A Mixer draws nothing, other models may (dropout): keyed, so that no generator has to be saved
+            torch.manual_seed(int(key(self.options.seed, step, i, self.world.rank)) >> 1)
+            parts.append(self._forward_backward(batch, i == len(batches) - 1))
+        return functools.reduce(operator.add, parts), self._update(lr)
 
     def _forward_backward(self, batch: Batch, last: bool) -> StepStats:
         started = time.perf_counter()

@@ -55,6 +55,7 @@ class Spec:
     compile: str = "none"
     optimizer: str = "adamw"
     offload: str = "none"
+    dropout: float = 0.0
 
 
 # ------------------------------------------------------------------------------------------------ the problem
@@ -63,18 +64,20 @@ class Spec:
 class OddMixer(MlpMixer):
     """A Mixer with a 0-d gain, and BatchNorm that watches the logits: its statistics move, the loss does not."""
 
+    dropout: float
     gain: nn.Parameter
     watch: nn.BatchNorm1d
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         logits = super().forward(images, keep)
         self.watch(logits.detach().float())
-        return logits * self.gain
+        return nn.functional.dropout(logits * self.gain, self.dropout, self.training)
 
 
-def build_model(device: str = "meta") -> OddMixer:
+def build_model(device: str = "meta", dropout: float = 0.0) -> OddMixer:
     model: Any = create_model("mixer_s16", CLASSES, IMAGE, device=device, drop_path_rate=0.2, **SHAPE)
     model.__class__ = OddMixer
+    model.dropout = dropout
     model.gain = nn.Parameter(torch.ones((), device=device))
     model.watch = nn.BatchNorm1d(CLASSES, affine=False, device=device)
     for name in FROZEN:
@@ -202,7 +205,7 @@ class Session:
     def __init__(self, world: World, spec: Spec):
         self.world, self.spec = world, spec
         self.share = Share.of(world.rank, world.size, BATCH, spec.micro_batch_size)
-        model = build_model()
+        model = build_model(dropout=spec.dropout)
         options = EngineOptions(
             spec.strategy,
             spec.precision,
@@ -246,7 +249,7 @@ class Session:
     def step(self, step: int) -> tuple[float, float]:
         """(loss, gradient norm) of optimizer step number `step`."""
         lr = learning_rate(step) * (10 if self.spec.optimizer == "sgd" else 1)
-        stats, norm = self.engine.train_step(self.batches(step), lr)
+        stats, norm = self.engine.train_step(self.batches(step), lr, step)
         self.average.update()
         return self.world.sum([stats.loss.item()])[0] / BATCH, float(norm)
 
@@ -371,6 +374,17 @@ def sick_step(world: World, spec: Spec, root: str, fault: str) -> tuple[str, str
         after = s.save(f"{root}/after", 3)
         s.step(3)
         return before, after, (first, second, s.engine.optimizer_step)
+
+
+def first_draws(world: World, spec: Spec) -> list[float]:
+    """The first random number that each micro-step of two steps meets."""
+    drawn: list[float] = []
+    with session(world, spec) as s:
+        s.load(None)
+        s.engine.model.register_forward_pre_hook(lambda *_: drawn.append(float(torch.rand(()))))
+        for t in range(2):
+            s.step(t)
+    return drawn
 
 
 class _NanGradient(torch.autograd.Function):

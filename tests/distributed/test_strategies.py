@@ -125,6 +125,18 @@ def test_activation_checkpointing_changes_nothing(ranks, strategy: str) -> None:
     assert recomputed.losses == plain.losses
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
+def test_dropout_is_keyed_and_resumes_bit_for_bit(ranks, tmp_path: Path, strategy: str) -> None:
+    """Compared models may draw: by (seed, step, micro-step, rank), so that no generator's state is saved."""
+    spec = Spec(strategy, dropout=0.3)
+    whole, resumed = ranks(2).run(cases.interrupted, spec, str(tmp_path), 3, 6)[0]
+    assert resumed.losses == whole.losses[3:]
+    assert CheckpointReader(Path(resumed.folder)).digest() == CheckpointReader(Path(whole.folder)).digest()
+    assert abs(whole.losses[0] - reference().losses[0]) > 1e-3, "nothing was dropped"
+    draws = ranks(2).run(cases.first_draws, spec)
+    assert len({d for rank in draws for d in rank}) == 2 * len(draws[0]), "every rank and micro-step draws its own"
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])

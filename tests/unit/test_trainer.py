@@ -189,7 +189,9 @@ def test_the_stored_configuration_reproduces_the_run(tmp_path, reference):
     assert_same_run(tmp_path / "again", reference)
 
 
-@pytest.mark.parametrize("extra", [["data.num_workers=2"], ["train.activation_checkpointing=block"]])
+@pytest.mark.parametrize(
+    "extra", [["data.num_workers=2"], ["train.activation_checkpointing=block"], ["train.deterministic=true"]]
+)
 def test_what_must_not_matter_does_not(tmp_path, reference, extra):
     assert train(tmp_path / "run", *extra) == 0
     assert_same_run(tmp_path / "run", reference)
