@@ -89,7 +89,7 @@ class Submission:
         options: dict[str, Any] = {
             "job-name": self.job_name + ("" if training else "-eval"),
             "nodes": launch.nodes if training else "1",
-            "ntasks-per-node": "1",
+            # no number of tasks: with MIN-MAX nodes SLURM would only give what they need; srun says it
             "time": launch.time,
             "partition": profile.partition,
             "account": profile.account,
@@ -228,7 +228,7 @@ def _clear(run: RunFolder) -> None:
 
 
 def _gres(kind: str | None, gpus: int | None) -> str | None:
-    if kind and re.search(r":\d+$", kind):
+    if kind and (not gpus or re.search(r":\d+$", kind)):
         return kind
     return f"{kind or 'gpu'}:{gpus}" if gpus else None
 

@@ -52,6 +52,7 @@ class Job:
         self.nodes = expand(os.environ.get("SLURM_JOB_NODELIST") or os.environ.get("SLURM_NODELIST") or "")
         self.logs = run / "logs" / f"{self.id}.{self.restart}"
         self.stopping = False  # SLURM or a person ends this job
+        self._goes_on = False  # a later start or another job is seen to
         self._limit = time.monotonic() + _seconds_left(self.id)
 
     # -- the life of a job ----------------------------------------------------------------------------------------
@@ -235,6 +236,8 @@ class Job:
 
     def _requeue(self, why: str, exclude: set[str] = frozenset()) -> bool:  # type: ignore[assignment]
         """Sees to it that the run goes on later; False, and said aloud, where that is not to be or cannot be."""
+        if self._goes_on:
+            return True
         how = self.plan["requeue"]
         if how == "never" or (self.plan["chain"] > 1 and how == "auto" and not exclude):
             say("the next job of the chain goes on" if self.plan["chain"] > 1 else "`mixer resume` goes on")
@@ -249,6 +252,7 @@ class Job:
             done = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
             if done.returncode == 0:
                 say(f"requeued: {why}")
+                self._goes_on = True
                 return True
             say(f"scontrol requeue failed: {done.stderr.strip()}")
         if how in ("auto", "resubmit") or fresh:
@@ -263,6 +267,7 @@ class Job:
                 say(f"submitted job {job}: {why}" + (f"; without {', '.join(sorted(exclude))}" if exclude else ""))
                 if self.plan["then_eval"]:
                     submit_eval(self.run.path, job)  # the one that waits for this job goes away with it
+                self._goes_on = True
                 return True
         say(f"cannot requeue from this node (launch.requeue={how}): `mixer resume {self.run.path}` on a login node")
         return False

@@ -93,6 +93,9 @@ class Host:
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
             **os.environ,
             ELASTIC: "1",
+            # The store that torchrun would share with the processes keeps the addresses of an earlier round, whose
+            # ranks are gone: seen to hang after a host was lost
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             LOGS: str(self.logs),
             "MIXER_CHECK_GROUP": "1",
             "MIXER_MAX_FRUITLESS": str(self.max_restarts),

@@ -26,10 +26,12 @@ import uuid
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from data_tools.errors import UserError
-from pipeline.ledger import LedgerReader, Segment, ledger_ranks
+
+if TYPE_CHECKING:
+    from pipeline.ledger import Segment
 
 _PACKAGES = (
     "torch",
@@ -230,6 +232,8 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 def read_ledger(run: str | Path) -> dict[int, list[Segment]]:
     """Step -> what each rank's ledger says of it, one step a segment, without superseded ones. For small runs: an
     audit reads ledgers in windows instead."""
+    from pipeline.ledger import LedgerReader, ledger_ranks  # numpy: the launcher in a job does without
+
     folder, last = RunFolder(run).ledger, last_live_steps(run)
     steps: dict[int, list[Segment]] = {}
     for rank in ledger_ranks(folder):

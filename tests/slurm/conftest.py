@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 CLUSTER = Path(__file__).with_name("cluster.sh")
 _NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter")
-NODES = 2
+NODES = 4
 
 
 class SlurmCluster:
@@ -60,10 +62,22 @@ class SlurmCluster:
             assert time.monotonic() < end, self.states(job)
             time.sleep(0.2)
 
+    def wait_for_nodes(self, seconds: float = 60) -> None:
+        """Returns when all nodes are idle."""
+        end = time.monotonic() + seconds
+        while True:
+            query = subprocess.run(
+                ["sinfo", "-h", "-N", "-o", "%T"], env=self.environment, capture_output=True, text=True
+            )
+            if query.stdout.split() == ["idle"] * self.nodes:
+                return
+            assert time.monotonic() < end, query.stdout
+            time.sleep(0.3)
+
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """Two nodes of four pretended cores each, up for the whole session."""
+    """Four nodes of four pretended cores each, up for the whole session."""
     if os.geteuid() != 0:
         pytest.skip("a SLURM cluster of one's own needs root")
     path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
@@ -80,3 +94,37 @@ def slurm() -> Iterator[SlurmCluster]:
     finally:
         cluster.down()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scikit-learn's handwritten digits, sharded with a val split."""
+    from launch.demo import write_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder / "images")
+    shards = folder / "shards"
+    arguments = ["shard", str(folder / "images"), str(shards), "--val-fraction", "0.1", "--max-samples", "300"]
+    subprocess.run([sys.executable, "-m", "launch.cli", *arguments], check=True, capture_output=True, timeout=120)
+    return shards
+
+
+_DOWN: list[tuple[str, list[float]]] = []
+
+
+@pytest.fixture
+def was_down(record_property: Callable[[str, Any], None]) -> Callable[[str, list[float]], None]:
+    """Notes how long a training stood still after what was done to it; printed at the end of the tests."""
+
+    def note(what: str, seconds: list[float]) -> None:
+        record_property(what, seconds)
+        _DOWN.append((what, seconds))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _DOWN:
+        terminalreporter.section("seconds without a step, from the last before to the first after")
+        for what, seconds in _DOWN:
+            terminalreporter.line(f"{what:<60} {', '.join(f'{s:.0f}' for s in seconds)}")
