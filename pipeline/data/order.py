@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from data_tools.errors import UserError
-from pipeline.data.permutation import key, perm, unperm
+from pipeline.data.permutation import SMALL, key, perm, perm_table, unperm
 
 ORDER_VERSION = 1
 
@@ -187,6 +187,7 @@ class SampleOrder:
         self._shard_chunk = np.concatenate([[0], np.cumsum(-(-sizes // s.chunk))])
         self.num_chunks = int(self._shard_chunk[-1])
         self._short: dict[int, _ShortChunks] = {}
+        self._windows: dict[tuple[int, int], np.ndarray] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -225,15 +226,26 @@ class SampleOrder:
         flat = p.ravel()
         lane, q = flat % s.lanes, flat // s.lanes
         x = np.empty_like(flat)
-        for row in np.unique(q):  # one row where V == B; B/V of them else
-            at = q == row
-            u = int(row) // s.window
-            base = u * s.window
+        window = q // s.window
+        for u in np.unique(window).tolist():
+            at, base = window == u, u * s.window
+            lanes, row = lane[at], q[at] - base
             n = min(s.window, self.lane_length - base)
-            within = perm(int(row) - base, n, key(s.seed, epoch, lane[at], u))
-            x[at] = lane[at] * self.lane_length + base + within
+            if n <= SMALL and 8 * len(lanes) >= s.lanes:  # a table of the window pays for itself
+                within = self._window_table(epoch, u, n)[lanes, row].astype(np.int64)
+            else:
+                within = perm(row if (row != row[0]).any() else row[0], n, key(s.seed, epoch, lanes, u))
+            x[at] = lanes * self.lane_length + base + within
         ids = self._locate(epoch, x).reshape(p.shape)
         return ids if self._select is None else self._select(ids)
+
+    def _window_table(self, epoch: int, u: int, n: int) -> np.ndarray:
+        """perm(., n, key(seed, epoch, lane, u)) of all lanes, [V, n]; the four latest are kept."""
+        if (epoch, u) not in self._windows:
+            while len(self._windows) > 3:
+                del self._windows[next(iter(self._windows))]
+            self._windows[epoch, u] = perm_table(n, key(self.state.seed, epoch, np.arange(self.state.lanes), u))
+        return self._windows[epoch, u]
 
     def _locate(self, epoch: int, x: np.ndarray) -> np.ndarray:
         """Sample ids at places x of the epoch's line of chunks.

@@ -53,15 +53,26 @@ def perm(i: Any, n: int, k: Any) -> np.ndarray:
     k = np.asarray(k, dtype=np.uint64)
     if n < 1 or (i.size and (i.min() < 0 or i.max() >= n)):
         raise ValueError(f"perm: index outside [0, {n})")
+    if n > SMALL:
+        return _perm_feistel(i, n, k)
     i, k = np.broadcast_arrays(i, k)
-    return _perm_small(i, n, k) if n <= SMALL else _perm_feistel(i, n, k)
+    return _perm_small(i, n, k)
 
 
-def _perm_small(i: np.ndarray, n: int, k: np.ndarray) -> np.ndarray:
+def perm_table(n: int, k: np.ndarray) -> np.ndarray:
+    """All of `perm` for n <= 64: uint8 [*k.shape, n]."""
+    return (np.sort(_small_hashes(n, k), axis=-1) & _U64(63)).astype(np.uint8)
+
+
+def _small_hashes(n: int, k: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         hashes = mix64(k[..., None] ^ mix64(np.arange(1, n + 1, dtype=np.uint64) * _U64(_GOLDEN)))
     # The low six bits carry the index: no ties, and the i-th smallest hash says itself whose it is.
-    hashes = (hashes & _U64(~63 & _MASK)) | np.arange(n, dtype=np.uint64)
+    return (hashes & _U64(~63 & _MASK)) | np.arange(n, dtype=np.uint64)
+
+
+def _perm_small(i: np.ndarray, n: int, k: np.ndarray) -> np.ndarray:
+    hashes = _small_hashes(n, k)
     first = int(i.flat[0]) if i.size else 0
     if (i == first).all():  # one batch asks every lane for the same place in its window
         picked = np.partition(hashes, first, axis=-1)[..., first]
@@ -73,18 +84,21 @@ def _perm_small(i: np.ndarray, n: int, k: np.ndarray) -> np.ndarray:
 def _perm_feistel(i: np.ndarray, n: int, k: np.ndarray) -> np.ndarray:
     half = ((n - 1).bit_length() + 1) // 2
     mask, shift = _U64((1 << half) - 1), _U64(half)
+    shape = np.broadcast_shapes(i.shape, k.shape)
     with np.errstate(over="ignore"):
         keys = [mix64(k + _U64(_GOLDEN * r & _MASK)) for r in range(1, ROUNDS + 1)]
-        x = i.astype(np.uint64).ravel()
-        keys = [np.ascontiguousarray(rk).ravel() for rk in keys]
-        todo = np.arange(x.size)
-        while todo.size:  # the domain is below 4n: a few passes, each over what still lies outside [0, n)
+        if k.ndim:
+            keys = [np.broadcast_to(rk, shape).ravel() for rk in keys]
+        x = np.broadcast_to(i, shape).astype(np.uint64).ravel()
+        todo: Any = slice(None)
+        while True:  # the domain is below 4n: a few passes, each over what still lies outside [0, n)
             left, right = x[todo] >> shift, x[todo] & mask
             for rk in keys:
-                left, right = right, left ^ (mix64(right ^ rk[todo]) & mask)
+                left, right = right, left ^ (mix64(right ^ (rk[todo] if k.ndim else rk)) & mask)
             x[todo] = (left << shift) | right
-            todo = todo[x[todo] >= n]
-    return x.astype(np.int64).reshape(i.shape)
+            todo = np.flatnonzero(x >= n)
+            if not todo.size:
+                return x.astype(np.int64).reshape(shape)
 
 
 def unperm(image: np.ndarray, n: int, k: int) -> np.ndarray:

@@ -216,24 +216,39 @@ def test_shard_of_finds_row_numbers_also_with_empty_shards():
 def test_a_late_position_costs_what_an_early_one_costs(monkeypatch):
     """The work is counted, not timed: how many indices go through `perm` once an epoch's tables stand."""
     worked: list[int] = []
-    original = order_module.perm
 
-    def counting(i: Any, n: int, k: Any) -> np.ndarray:
-        image = original(i, n, k)
-        worked.append(image.size)
-        return image
+    def counting(name: str) -> None:
+        original = getattr(order_module, name)
+
+        def function(*args: Any) -> np.ndarray:
+            image = original(*args)
+            worked.append(image.size)
+            return image
+
+        monkeypatch.setattr(order_module, name, function)
 
     order = make([50_000], 100, chunk=8)
     slots = np.arange(100)
     by_iteration = [order.sample_ids(0, t * 100 + slots).tolist() for t in range(500)]
     fresh = make([50_000], 100, chunk=8)
-    fresh.sample_ids(0, slots)
-    monkeypatch.setattr(order_module, "perm", counting)
+    fresh.sample_ids(0, 12_800 + slots)
+    counting("perm")
+    counting("perm_table")
     assert fresh.sample_ids(0, 0 + slots).tolist() == by_iteration[0]
     early = worked.copy()
     worked.clear()
-    assert fresh.sample_ids(0, 49_900 + slots).tolist() == by_iteration[499]
-    assert worked == early == [100, 100]  # within the windows, and among the chunks
+    assert fresh.sample_ids(0, 44_700 + slots).tolist() == by_iteration[447]
+    assert worked == early == [6400, 100]  # a window of all lanes, and among the chunks
+
+
+def test_a_window_read_at_once_slot_by_slot_or_by_a_rank_is_the_same():
+    """Three ways inside: a table of the window, one row of it, and rows that differ."""
+    order, other = make([3000], 64, seed=2), make([3000], 64, seed=2)
+    whole = order.sample_ids(1, np.arange(2944))
+    assert whole.tolist() == [int(other.sample_ids(1, np.array([p]))[0]) for p in range(2944)]
+    some = np.array([5, 64, 700, 2943])
+    assert make([3000], 64, seed=2).sample_ids(1, some).tolist() == whole[some].tolist()
+    assert make([3000], 64, seed=2).sample_ids(1, np.arange(1281, 1287)).tolist() == whole[1281:1287].tolist()
 
 
 def test_state_survives_json_and_goes_on():
