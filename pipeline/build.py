@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,8 @@ from pipeline.duration import Duration
 from pipeline.ema import WeightAverage
 from pipeline.losses import Loss, make_loss
 from pipeline.micro_batch import find_micro_batch
-from pipeline.model import create_model, model_cost
+from pipeline.model import create_model, initial_values, model_cost
 from pipeline.model.flops import peak_flops
-from pipeline.model.mixer import init_parameter
 from pipeline.optim import param_groups
 from pipeline.parallel.engine import EMA, EngineOptions, TrainEngine, make_engine
 from pipeline.parallel.world import World
@@ -118,8 +117,18 @@ class Parts:
         if reader is None and self.config.run.init_from:
             return self._load_foreign(self.config.run.init_from)
         if reader is None:
-            seed, bias = self.config.run.seed, self.config.loss.head_bias
-            source = InitialState(lambda name: init_parameter(name, self.engine.shapes[name], seed, bias))
+            m = self.config.model
+            source = InitialState(
+                initial_values(
+                    m.name,
+                    self.train_samples.num_classes,
+                    m.image_size,
+                    self.engine.shapes,
+                    seed=self.config.run.seed,
+                    head_bias=self.config.loss.head_bias,
+                    **m.overrides(),
+                )
+            )
             load_pieces(self.engine.pieces(), source)
             self.average.load(source, has=True)
             self.engine.finish_load(0)
@@ -211,7 +220,8 @@ class Parts:
             (
                 "model",
                 f"{c.model.name}, {count / 1e6:.2f}M parameters, {c.model.image_size} px, "
-                f"{self.train_samples.num_classes} classes, {c.train.precision}",
+                f"{self.train_samples.num_classes} classes, {c.train.precision}"
+                + _elasticity(self.engine.buffer_shapes),
             ),
             ("strategy", running),
             ("devices", device),
@@ -228,6 +238,12 @@ class Parts:
             ("run", f"{self.run.path}: {start}"),
         ]
         return "\n".join(f"{name:>9}  {text}" for name, text in rows)
+
+
+def _elasticity(buffers: Iterable[str]) -> str:
+    """BatchNorm computes with the statistics of a micro-batch: other ranks or micro-batches, another function."""
+    norm = any(name.endswith("running_mean") for name in buffers)
+    return "; BatchNorm: elastic in its data only" if norm else ""
 
 
 def _padding(share: Share, ranks: int, batch: int) -> str:

@@ -39,9 +39,11 @@ def export(trained: TrainedModel, form: str, target: Path, dtype: torch.dtype = 
         torch.save(dict(cast_tensors(trained, dtype)), target)
         return [f'import torch; weights = torch.load("{target}", weights_only=True)']
     if trained.config.model.name not in variants.names():
+        if form == "timm":
+            return write_timm_model(target, trained, dtype)
         raise UserError(
-            f"--format {form} exists for Mixers only; {trained.config.model.name} can be exported as safetensors or "
-            "torch, with timm's parameter names"
+            f"--format {form} exists for Mixers only; {trained.config.model.name} can be exported as timm, safetensors "
+            "or torch, with timm's parameter names"
         )
     if form == "npz":
         write_npz(target, cast_tensors(trained, dtype))
@@ -68,7 +70,7 @@ def write_safetensors(path: Path, trained: TrainedModel, dtype: torch.dtype) -> 
 def write_timm(folder: Path, trained: TrainedModel, dtype: torch.dtype) -> list[str]:
     """What timm knows no name for (H/14, grown token MLPs, own shapes) loads too: the arguments are written out."""
     folder.mkdir(parents=True, exist_ok=True)
-    m, crop = trained.config.model, trained.config.eval.crop_fraction
+    m = trained.config.model
     spec = variants.resolve(m.name, **m.overrides())
     arguments: dict[str, Any] = {
         "num_classes": trained.num_classes, "img_size": m.image_size, "in_chans": spec.in_chans,
@@ -76,14 +78,7 @@ def write_timm(folder: Path, trained: TrainedModel, dtype: torch.dtype) -> list[
         # timm multiplies these with the embedding and cuts off the rest: half a unit more keeps every width exact
         "mlp_ratio": [(width + 0.5) / spec.hidden_dim for width in (spec.tokens_mlp_dim, spec.channels_mlp_dim)],
     }  # fmt: skip
-    described = {
-        "architecture": "MlpMixer", "model_args": arguments, "act_layer": "gelu_tanh",
-        "label_names": trained.class_names(),
-        "pretrained_cfg": {"mean": [0.5] * spec.in_chans, "std": [0.5] * spec.in_chans, "interpolation": "bilinear",
-                           "input_size": [spec.in_chans, m.image_size, m.image_size], "crop_pct": crop,
-                           "num_classes": trained.num_classes},
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n")
+    _describe(folder, trained, "MlpMixer", arguments, act_layer="gelu_tanh")
     write_safetensors(folder / "model.safetensors", trained, dtype)
     return [
         "import json; from timm.layers import get_act_layer; from timm.models.mlp_mixer import MlpMixer; "
@@ -92,3 +87,34 @@ def write_timm(folder: Path, trained: TrainedModel, dtype: torch.dtype) -> list[
         'act_layer=get_act_layer(c["act_layer"]))',
         f'model.load_state_dict(load_file("{folder}/model.safetensors"))',
     ]
+
+
+def write_timm_model(folder: Path, trained: TrainedModel, dtype: torch.dtype) -> list[str]:
+    """Of a model that is timm's own."""
+    from pipeline.model import timm_models
+
+    folder.mkdir(parents=True, exist_ok=True)
+    m = trained.config.model
+    name = m.name.removeprefix(timm_models.PREFIX)
+    if timm_models.is_resized_bit(name, m.overrides()):
+        raise UserError(f"timm has no name for a {m.name} of this size: export it as safetensors")
+    arguments = timm_models.arguments(name, trained.num_classes, m.image_size, m.overrides())
+    _describe(folder, trained, name, arguments)
+    write_safetensors(folder / "model.safetensors", trained, dtype)
+    return [
+        "import json, timm; from safetensors.torch import load_file",
+        f'c = json.load(open("{folder}/config.json")); model = timm.create_model(c["architecture"], **c["model_args"])',
+        f'model.load_state_dict(load_file("{folder}/model.safetensors"))',
+    ]
+
+
+def _describe(folder: Path, trained: TrainedModel, architecture: str, arguments: dict[str, Any], **more: Any) -> None:
+    """Writes config.json: the arguments, class names, and how images enter."""
+    m, crop = trained.config.model, trained.config.eval.crop_fraction
+    described = {
+        "architecture": architecture, "model_args": arguments, **more, "label_names": trained.class_names(),
+        "pretrained_cfg": {"mean": [0.5] * m.in_chans, "std": [0.5] * m.in_chans, "interpolation": "bilinear",
+                           "input_size": [m.in_chans, m.image_size, m.image_size], "crop_pct": crop,
+                           "num_classes": trained.num_classes},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n")

@@ -486,6 +486,7 @@ class Trainer:
         )
         with self._watchdog.busy("evaluating"):
             beat = self._watchdog.beat
+            self.engine.share_buffers()
             result: EvalResult = evaluate(self.engine.predict, batches, self.parts.loss_fn, self.world, on_batch=beat)
         self.metrics, self.evaluated_at = result.to_dict(), self.step
         if self.world.is_main and self._writer:

@@ -135,7 +135,7 @@ def _range_problems(config: Config) -> Iterator[str]:
     for key in ("data.max_bad_fraction", "augment.hflip", "scheduler.end_factor"):
         if not (0 <= get_value(config, key) <= 1):
             yield f"{key}: {get_value(config, key)} must lie between 0 and 1"
-    for key in ("model.drop_path_rate", "loss.label_smoothing", "optimizer.momentum"):
+    for key in ("model.drop_path_rate", "model.drop_rate", "loss.label_smoothing", "optimizer.momentum"):
         if not (0 <= get_value(config, key) < 1):
             yield f"{key}: {get_value(config, key)} must be at least 0 and below 1"
     ema = config.train.ema_decay

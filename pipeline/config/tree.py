@@ -31,6 +31,7 @@ class ModelConfig:
     in_chans: int = 3
     num_classes: int | None = None  # None: as many as the data set has
     drop_path_rate: float = 0.0
+    drop_rate: float = 0.0  # dropout, of timm/ models
     patch_size: int | None = None
     hidden_dim: int | None = None
     num_blocks: int | None = None

@@ -4,16 +4,19 @@ A family is one module that offers
 
 * `names() -> list[str]`
 * `build(name, num_classes, image_size, device, seed, head_bias, **overrides) -> nn.Module` with `MlpMixer`'s
-  interface: `forward(images, keep=None)`, `forward_features`, `drop_rates`, `reset_parameters`, `blocks`
+  interface: `forward(images, keep=None)`, `drop_rates`, `blocks`, the last linear layer as `head` or `get_classifier()`
 * `cost(name, num_classes, image_size, **overrides) -> ModelCost`
 
-and one line in `FAMILIES`. It is imported only when a name with its prefix is asked for.
+and, if it likes, `knows(name)` and `similar(name)` where `names()` is not all, and `initial_values(name, num_classes,
+image_size, seed, head_bias, **overrides)` -> (parameter or buffer -> value) where `mixer.init_parameter` does not know
+its parameters; and one line in `FAMILIES`. It is imported only when a name with its prefix is asked for.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +24,14 @@ from data_tools.errors import UserError
 from pipeline.model.flops import ModelCost
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.model.mixer import MlpMixer
 
 # prefix of the names -> module
 FAMILIES = {
     "mixer_": "pipeline.model.variants",
+    "timm/": "pipeline.model.timm_models",
 }
 
 
@@ -43,11 +49,31 @@ def create_model(
 
     image_size: pixels, or (height, width). num_classes=0: no head, the model returns features. seed and
     head_bias go to the initialisation. overrides, for a Mixer: patch_size, in_chans, hidden_dim, num_blocks,
-    tokens_mlp_dim, channels_mlp_dim, drop_path_rate; None means the variant's own value. Raises UserError for
+    tokens_mlp_dim, channels_mlp_dim, drop_path_rate; for timm/ models those that they have, and drop_rate; None
+    means the variant's own value. Raises UserError for
     an unknown name or override and for an image size that the patches do not tile.
     """
     family = _family(name)
     return family.build(name, num_classes, image_size, device, seed, head_bias, **overrides)
+
+
+def initial_values(
+    name: str,
+    num_classes: int,
+    image_size: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    seed: int = 0,
+    head_bias: float = 0.0,
+    **overrides: Any,
+) -> Callable[[str], Tensor]:
+    """Name of a parameter or buffer -> its initial value, whole, fp32 on the CPU: for models that are sharded."""
+    family = _family(name)
+    if hasattr(family, "initial_values"):
+        return family.initial_values(name, num_classes, image_size, seed, head_bias, **overrides)
+    from pipeline.model.mixer import init_parameter
+
+    return lambda parameter: init_parameter(parameter, shapes[parameter], seed, head_bias)
 
 
 def model_cost(
@@ -66,8 +92,11 @@ def _family(name: str) -> ModuleType:
     for prefix, module_name in FAMILIES.items():
         if name.startswith(prefix):
             module = importlib.import_module(module_name)
-            if name in module.names():
+            if name in module.names() or (hasattr(module, "knows") and module.knows(name)):
                 return module
+            if hasattr(module, "similar"):
+                near = " or ".join(module.similar(name)) or "one of `timm.list_models()`"
+                raise UserError(f"there is no model {name!r}; did you mean {near}?")
     known = list_models()
     normal = name.lower().replace("-", "_").replace("/", "")
     nearest = difflib.get_close_matches(normal, known, 1, cutoff=0)[0]

@@ -57,6 +57,11 @@ def resolve(name: str, **overrides: Any) -> MixerSpec:
     Raises UserError for an unknown field or an impossible value.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
+    if given.pop("drop_rate", 0.0):
+        raise UserError(
+            "model.drop_rate: a Mixer has no dropout (0 was best in all of table 4, and no code says where it "
+            "would go); use model.drop_path_rate"
+        )
     known = [f.name for f in fields(MixerSpec)]
     for key in given:
         if key not in known:

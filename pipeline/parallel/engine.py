@@ -20,6 +20,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -252,6 +253,13 @@ class TrainEngine(ABC):
                 state["step"].fill_(float(step))
             elif "step" in state:  # DeepSpeed's CPU Adam
                 state["step"] = step
+
+    @torch.no_grad()
+    def share_buffers(self) -> None:
+        """Rank 0's BatchNorm statistics, which are what checkpoints hold, on every rank: before an evaluation."""
+        if self.world.size > 1:
+            for _, buffer in persistent_buffers(self.model):
+                dist.broadcast(buffer, src=0)
 
     # -- state ------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,7 @@ def run_import(source: str, out: Path, model: str | None, image_size: int | None
     from pipeline.weights.importing import import_weights
 
     imported = import_weights(source, out, model=model, image_size=image_size, num_classes=num_classes)
-    shape = imported.shape
-    print(f"{out}: {shape.name} at {shape.image_size} pixels, {shape.num_classes} classes, from {source}")
+    print(f"{out}: {imported.what}, from {source}")
     for note in imported.notes:
         print(f"note: {note}")
     print(f"Go on with `mixer finetune {out} data.train=...`, `mixer eval {out} data.val=...`, or run.init_from={out}")

@@ -97,9 +97,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Imported:
-    """What was imported, for the user: the shape and lines to say."""
+    """What was imported, for the user: in words, as a Mixer's shape, and lines to say."""
 
-    shape: MixerShape
+    what: str
+    shape: MixerShape | None
     notes: list[str]
 
 
@@ -120,6 +121,8 @@ def import_weights(
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: give a new folder")
     found = read_weights(source)
+    if found.described.get("architecture", "MlpMixer").split("_")[0].lower() not in ("mlpmixer", "mixer"):
+        return _import_timm_model(found, source, out)
     shape = mixer_shape({n: tuple(t.shape) for n, t in found.tensors.items()}, source)
     tensors = dict(found.tensors)
     notes = []
@@ -146,7 +149,29 @@ def import_weights(
         **{f"model.{k}": v for k, v in shape.overrides().items()},
     }
     write_imported(out, tensors, config, classes, {"source": source, "format": found.form})
-    return Imported(shape, notes)
+    what = f"{shape.name} at {shape.image_size} pixels, {shape.num_classes} classes"
+    return Imported(what, shape, notes)
+
+
+def _import_timm_model(found: Found, source: str, out: Path) -> Imported:
+    """One of timm's own models, as `mixer export --format timm` or timm's `save_for_hf` writes it."""
+    from pipeline.model.timm_models import settings_of
+
+    settings = settings_of(found.described)
+    overrides = {k: v for k, v in settings.items() if k not in ("name", "num_classes", "image_size")}
+    classes, size = settings["num_classes"], settings["image_size"]
+    network = create_model(settings["name"], classes, size, device="meta", **overrides)
+    wrong = mismatches(
+        {n: tuple(t.shape) for n, t in found.tensors.items()},
+        {n: tuple(t.shape) for n, t in network.state_dict().items()},
+    )
+    if wrong:
+        raise UserError("\n".join([f"{source} is not the {settings['name']} that its config.json says:", *wrong]))
+    config = {"run.name": out.name, **{f"model.{k}": v for k, v in settings.items()}}
+    buffers = frozenset(n for n, _ in network.named_buffers())
+    names = found.described.get("label_names")
+    write_imported(out, found.tensors, config, names, {"source": source, "format": found.form}, buffers)
+    return Imported(f"{settings['name']} at {size} pixels, {classes} classes", None, _warnings(found))
 
 
 def _wanted(shape: MixerShape, model: str | None, image_size: int | None, num_classes: int | None) -> MixerShape:

@@ -25,7 +25,7 @@ from pipeline.config import Config, load_config, train_sets
 from pipeline.data.augment import normalize
 from pipeline.data.loader import Batch
 from pipeline.model import create_model
-from pipeline.parallel.engine import BUFFER, EMA, WEIGHT
+from pipeline.parallel.engine import BUFFER, EMA, WEIGHT, widen_scalars
 from pipeline.parallel.world import World
 
 CLASSES = "classes.json"
@@ -141,10 +141,11 @@ class Predictor:
         reader, shapes = trained.reader, {}
         for name, p in self.model.named_parameters():
             shapes[name] = tuple(p.shape)
-            if not reader.has(name, trained.kind) or reader.shape(name, trained.kind) != shapes[name]:
+            there = reader.shape(name, trained.kind) if reader.has(name, trained.kind) else None
+            if there is None or (there or (1,)) != (shapes[name] or (1,)):  # sharded, 0-d ones have shape (1,)
                 raise UserError(
                     f"{reader.folder} is of another model: {name} is {list(shapes[name])} here and "
-                    f"{list(reader.shape(name, trained.kind)) if reader.has(name, trained.kind) else 'missing'} there"
+                    f"{'missing' if there is None else list(there)} there"
                 )
             at, local = _local_part(p)
             local.copy_(reader.read(name, trained.kind, at, local.numel()).view(local.shape))
@@ -169,7 +170,7 @@ class Predictor:
             head_input(self.model) as seen,
         ):
             logits = self.model(images, None)
-        return logits.float(), seen[0].float()
+        return logits.float(), seen[0].float().flatten(1)  # the head of a BiT is a 1x1 convolution
 
     def images_per_second(self, batch: Batch, seconds: float = 1.0) -> float:
         """Of the forward pass alone on this rank: the batch again and again for about so long."""
@@ -211,6 +212,7 @@ def _shard(model: Any, world: World, bf16: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    widen_scalars(model)
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, cast_forward_inputs=False)
     for block in model.blocks:

@@ -58,7 +58,7 @@ def images(batch: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_every_variant_of_the_paper_is_listed():
-    assert list_models() == list(SIZES)
+    assert [name for name in list_models() if name.startswith("mixer_")] == list(SIZES)
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -110,7 +110,7 @@ def test_every_npz_layout_computes_what_the_authors_network_does(tmp_path, layou
         stored = arrays
     np.savez(tmp_path / "w.npz", **stored)
     imported = import_weights(str(tmp_path / "w.npz"), tmp_path / "out")
-    assert (imported.shape.image_size, imported.shape.num_classes) == (12, K)
+    assert imported.what.endswith(f"at 12 pixels, {K} classes")
     images = picture(0, 2 * 12, 12).reshape(2, 12, 12, 3) / 127.5 - 1
     with torch.no_grad():
         logits = network(tmp_path / "out")(torch.tensor(images, dtype=torch.float32).permute(0, 3, 1, 2))
@@ -158,7 +158,7 @@ def test_wrong_expectations_name_every_mismatch_and_the_flag(tmp_path, b32):
         import_weights(str(b32), out, model="mixer_s16")
     assert not out.exists()
     imported = import_weights(str(b32), out, model="mixer_s32", image_size=64, num_classes=10)
-    assert imported.shape.overrides() == {}
+    assert imported.shape is not None and imported.shape.overrides() == {}
     with pytest.raises(UserError, match="not empty"):
         import_weights(str(b32), out)
 
@@ -257,7 +257,7 @@ def test_timm_loads_with_the_printed_lines_and_computes_the_same(timm, tmp_path)
 
 
 @pytest.mark.compare
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("mixer_")])
 def test_the_arguments_written_for_timm_give_every_variant(timm, tmp_path, name):
     from timm.layers import get_act_layer
     from timm.models.mlp_mixer import MlpMixer
