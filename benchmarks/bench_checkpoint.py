@@ -279,7 +279,8 @@ def run_group(role: str, args: argparse.Namespace, folder: Path) -> dict[str, An
         "MASTER_PORT": str(free_port()), "MIXER_DEVICE": "cpu", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }  # fmt: skip
-    command = [sys.executable, __file__, "--role", role, "--model", args.model, "--repeats", str(args.repeats)]
+    command = [sys.executable, __file__, "--role", role, "--model", args.model, "--repeats"]
+    command.append(str(args.repeats if role == "ours" else args.others))
     command += ["--scratch", str(folder)]
     ranks = [
         subprocess.Popen(
@@ -328,6 +329,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="a folder on the disk to measure; the default is the system's")
+    parser.add_argument("--others", type=int, default=3, help="repetitions of the other systems' saves and loads")
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
@@ -338,7 +340,12 @@ def main() -> None:
             ROLES[args.role](Group(args.scratch), args.model, args.repeats)
         return
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.scratch) as scratch:
-        found = {role: run_group(role, args, Path(scratch)) for role in ROLES}
+        found = {}
+        for role in ROLES:
+            begin = time.perf_counter()
+            found[role] = run_group(role, args, Path(scratch))
+            print(f"{role}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+            shutil.rmtree(Path(scratch) / role, ignore_errors=True)
     print(table(found))
     print(THRESHOLDS)
 

@@ -28,6 +28,9 @@ if not torch.cuda.is_available():
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+REDUCE_BUCKET = 50_000_000  # elements, 200 MB; DeepSpeed's default is ten times that, which no Mixer block fills
+
+
 class ZeroEngine(TrainEngine):
     stage: int
 
@@ -75,6 +78,7 @@ class ZeroEngine(TrainEngine):
                 "contiguous_gradients": True,
                 "overlap_comm": on_gpu,
                 "round_robin_gradients": False,
+                "reduce_bucket_size": REDUCE_BUCKET,
                 **offload,
             },
             "communication_data_type": "fp32",
