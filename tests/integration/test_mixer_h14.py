@@ -23,7 +23,7 @@ from pipeline.run import read_lines, read_metrics
 
 LIMIT = 24 << 30
 SETTINGS = [
-    "model.name=mixer_h14", "model.num_classes=1000", "data.train=synthetic", "data.val=none", "data.num_workers=0",
+    "model.num_classes=1000", "data.train=synthetic", "data.val=none", "data.num_workers=0",
     "train.global_batch_size=2", "train.micro_batch_size=1", "train.precision=fp32", "optimizer.lr=1e-4",
     "logging.every=1 steps", "logging.to=[]", "checkpoint.every=100 steps",
 ]  # fmt: skip
@@ -73,10 +73,11 @@ def _memory(process: psutil.Process) -> int:
 @pytest.mark.timeout(1800)
 def test_mixer_h14_goes_on_under_another_strategy(tmp_path: Path) -> None:
     first, second = os.environ.get("MIXER_H14_ORDER", "fsdp zero3").split()
-    run = tmp_path / "run"
+    run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    recipe.write_text("model: {name: mixer_h14}\n")
     for strategy, steps in ((first, 2), (second, 4)):
         settings = [*SETTINGS, f"train.strategy={strategy}", f"train.duration={steps} steps"]
-        command = ["train", *settings, f"run.dir={run}", "--nproc", 2]
+        command = ["train", recipe, *settings, f"run.dir={run}", "--nproc", 2]
         seconds, most = mixer(*(command if steps == 2 else ["resume", run, *settings[-2:], "--nproc", 2]))
         print(f"{strategy}: {seconds:.0f} s in all, at most {most / 2**30:.1f} GiB in all processes together")
         for m in read_metrics(run):

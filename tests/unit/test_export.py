@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import train
+from helpers import script, train
 
 from data_tools.errors import UserError
 from pipeline.checkpoint.layout import CheckpointReader
@@ -97,3 +98,34 @@ def test_a_damaged_checkpoint_and_a_wrong_format_are_refused(run, tmp_path):
     victim.write_bytes(data)
     with pytest.raises(UserError, match="hash"):
         run_export(str(copy), tmp_path / "x", "safetensors", "last", False, "float32")
+
+
+MEMORY = """
+from pathlib import Path
+from pipeline.weights.commands import run_export
+def memory(field):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(field))
+tiny, run, form, out = sys.argv[1:]
+run_export(tiny, Path(out + ".tiny"), form, "last", False, "float32")  # whatever is imported late, is now
+before = memory("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here on
+run_export(run, Path(out), form, "last", False, "float32")
+print("peak", memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_an_export_takes_about_one_copy_of_the_weights(tmp_path, run):
+    wide = ("model.hidden_dim=1024", "model.channels_mlp_dim=4096", "model.num_blocks=5", "train.duration=1 steps")
+    assert train(tmp_path / "run", *wide) == 0
+    reader = CheckpointReader(choose(tmp_path / "run" / "checkpoints", "last"))
+    size = sum(4 * reader.tensor(n, k).numel() for n, k in reader.manifest.tensors if k == "weight")
+    assert size > 160 << 20
+    copies = {}
+    for form in ("npz", "safetensors", "timm", "torch"):
+        command = script(MEMORY, run, tmp_path / "run", form, tmp_path / form)
+        out = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert out.returncode == 0, out.stderr
+        copies[form] = round(int(out.stdout.split()[-1]) / size, 2)
+    print(copies, "copies of the weights")
+    assert all(n < 1.3 for n in copies.values()), copies
