@@ -441,6 +441,49 @@ def test_bad_images_go_to_quarantine_and_fail_the_run(tmp_path, workers):
     assert verify_dataset(out) == []
 
 
+def test_difficult_images_are_packed_as_they_are(tmp_path):
+    source = make_corpus(tmp_path / "in", 2, classes=1)
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
+    others = [pixels.rotate(90), pixels.rotate(180)]
+    for name, image, form, options in [
+        ("animated.gif", pixels, "GIF", {"save_all": True, "append_images": others}),
+        ("animated.webp", pixels, "WEBP", {"save_all": True, "append_images": others}),
+        ("cmyk.jpg", pixels.convert("CMYK"), "JPEG", {}),
+        ("one.png", pixels.resize((1, 1)), "PNG", {}),
+        ("one.jpg", pixels.resize((1, 1)), "JPEG", {}),
+        ("wide.jpg", pixels.resize((20_000, 3)), "JPEG", {}),
+        ("wrong.png", pixels, "JPEG", {}),
+        ("wrong.jpg", pixels, "TIFF", {}),
+    ]:
+        image.save(source / "class0" / name, form, **options)
+    out = tmp_path / "out"
+    for verify in (True, False):
+        shard_corpus(ShardOptions(source, out, workers=1, verify=verify, overwrite=True))
+        with tarfile.open(out / "train-000000.tar") as tar:
+            packed = {tar.extractfile(m).read(): m.name for m in tar if not m.name.endswith(".cls")}  # type: ignore[union-attr]
+        assert packed.keys() == {p.read_bytes() for p in source.rglob("*.*")}
+        suffixes = {Path(name).suffix for name in packed.values()}
+        assert suffixes == {".jpg", ".gif", ".webp", ".png", ".tif"}  # by content
+        rows = load_index(out / "train-000000.idx.npy")
+        assert {(1, 1), (20_000, 3), (40, 30)} <= set(zip(rows["width"].tolist(), rows["height"].tolist()))
+        assert verify_dataset(out) == []
+
+
+def test_links_to_themselves_and_paths_that_lead_out(tmp_path):
+    source = make_corpus(tmp_path / "in", 3, classes=1)
+    (source / "class0" / "loop.jpg").symlink_to("loop.jpg")
+    manifest = shard_corpus(ShardOptions(source, tmp_path / "out", workers=1, max_bad=1))
+    assert manifest.samples("train") == 3
+    assert "unreadable: Too many levels" in (tmp_path / "out" / "quarantine.jsonl").read_text()
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "l.csv").write_text(
+        "path,label\n../in/class0/00000.jpg,a\n../in/class0/../class0/00001.jpg,b\n"
+    )
+    shard_corpus(ShardOptions(tmp_path / "lists" / "l.csv", tmp_path / "listed", workers=1))
+    with tarfile.open(tmp_path / "listed" / "train-000000.tar") as tar:
+        assert not any(".." in name or name.startswith("/") for name in tar.getnames()) and len(tar.getnames()) == 4
+
+
 def test_an_unreadable_file_that_is_mended_is_picked_up(tmp_path):
     source = make_corpus(tmp_path / "in", 6)
     locked = source / "class0" / "00003.jpg"

@@ -4,9 +4,11 @@ import gzip
 import io
 import json
 import os
+import pickle
 import tarfile
 import threading
 import zipfile
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +25,7 @@ from data_tools import hashing, settle
 from data_tools.engines import ShardOptions, preview_corpus, shard_corpus
 from data_tools.errors import UserError
 from data_tools.finalize import TooManyBad
+from data_tools.indexing import IndexOptions, index_dataset
 from data_tools.manifest import DatasetManifest, load_index
 from data_tools.sources import Columns
 from data_tools.verify import verify_dataset
@@ -194,6 +197,37 @@ def test_an_archive_that_changes_while_it_is_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a.tar was written again while"):
         shard_corpus(ShardOptions(archive, tmp_path / "out", workers=1))
     assert not list((tmp_path / "out").glob("*.tar"))
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_ever_unpickled(tmp_path):
+    bomb, harm = pickle.dumps(Bomb(tmp_path / "harm")), tmp_path / "harm"
+    array = io.BytesIO()
+    np.save(array, np.array([Bomb(harm)], object), allow_pickle=True)
+    hostile = {f"b.{s}": bomb for s in ("pyd", "pickle", "pkl", "pth", "cls", "json", "txt", "ten")}
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    (tars / "a.tar").write_bytes(tar_bytes({"a.jpg": jpeg(0), "b.jpg": jpeg(1), "b.npy": array.getvalue(), **hostile}))
+    with suppress(UserError):
+        packed(tars / "a.tar", tmp_path / "out")
+    for label in ("none", "json:x", "cls"):
+        with suppress(UserError):
+            index_dataset(IndexOptions(str(tars), label=label, workers=1, max_bad=5))
+    verify_dataset(tars)
+    (tars / "a.idx.npy").write_bytes(array.getvalue())
+    assert any("damaged" in d.what for d in verify_dataset(tars))
+    assert not harm.exists()
+    pickle.loads(bomb)
+    assert harm.exists()  # the bomb works
 
 
 # --- WebDataset tars ----------------------------------------------------------------------------------------
