@@ -73,7 +73,7 @@ def verify(
 def index(
     folder: Annotated[str, typer.Argument(help="Folder or URL with WebDataset tars, whoever made them.")],
     out: Annotated[
-        Path | None, typer.Option(help="Write here instead and link to the tars: for folders that are read-only.")
+        Path | None, typer.Option(help="Write here instead and link to the tars: for places that are read-only.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of all tars; default: by their names (train, val, test).")] = None,
     label: Annotated[str, typer.Option(help="Where labels are: cls, json:FIELD or none.")] = "cls",
@@ -90,6 +90,8 @@ def index(
       mixer data index tars/
 
       mixer data index /readonly/laion/ --out ~/laion-index --label none
+
+      mixer data index s3://public/laion --out ~/laion-index
 
       mixer data index tars/ --label json:class_name --classes names.txt
     """

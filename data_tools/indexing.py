@@ -1,7 +1,7 @@
 """`mixer data index`: any WebDataset tars, whoever made them, become a data set that training reads by position.
 
 The tars stay as they are. The indexes and `dataset.json` are written beside them or, for folders that cannot be
-written to, into another folder that gets links to the tars.
+written to, into another folder that gets links to the tars (of an object store: a file with its URL).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from data_tools.errors import UserError
 from data_tools.finalize import QUARANTINE_NAME, TooManyBad, publish_manifest
 from data_tools.images import BadImage, check_image
 from data_tools.index import IndexRow, index_bytes, key_hash
-from data_tools.manifest import MANIFEST_NAME, DatasetManifest, ShardInfo, index_name
+from data_tools.manifest import MANIFEST_NAME, TARS_NAME, DatasetManifest, ShardInfo, index_name, tars_url
 from data_tools.parallel import map_processes
-from data_tools.storage import is_url, join
-from data_tools.stores import LocalStore, Store, load_manifest, open_store
+from data_tools.storage import is_url, join, write_atomic
+from data_tools.stores import LinkedStore, LocalStore, Store, load_manifest, open_store
 from data_tools.tar_samples import BadLabel, Part, read_label, walk_tar
 
 NOTES_FOLDER = "index"  # what each tar gave, so that a second run looks only at new or changed ones
@@ -101,9 +101,12 @@ def index_dataset(
 def _output(source: Store, options: IndexOptions, names: list[str]) -> Store:
     if options.out is None:
         return source
-    if is_url(options.place):
-        raise UserError("--out: only for tars in a local folder; those of an object store are indexed in place")
     options.out.mkdir(parents=True, exist_ok=True)
+    if is_url(options.place):
+        if (there := tars_url(options.out)) not in (None, options.place):
+            raise UserError(f"{options.out} has the index of {there}; give an empty folder with --out")
+        write_atomic(options.out / TARS_NAME, f"{options.place}\n".encode())
+        return LinkedStore(options.out, source)
     for name in names:
         link, target = options.out / name, (Path(options.place) / name).resolve()
         if link.is_symlink() and link.resolve() == target:

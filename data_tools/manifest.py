@@ -35,6 +35,17 @@ INDEX_DTYPE = np.dtype(
 )
 
 
+TARS_NAME = "tars.url"  # beside dataset.json where the tars lie elsewhere: their URL, as a link would say it
+
+
+def tars_url(folder: str | Path) -> str | None:
+    """Where the tars of the set in a local folder lie, if not there: see `mixer data index --out`."""
+    try:
+        return (Path(folder) / TARS_NAME).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """One tar. `name` is relative to the data set's folder; hashes are xxh3_128 hex digests."""

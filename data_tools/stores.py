@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_tools.errors import UserError
-from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.manifest import MANIFEST_NAME, DatasetManifest, tars_url
 from data_tools.storage import filesystem, is_url, join, retrying, write_atomic
 
 _THREADS = 16  # small objects are all waiting
@@ -158,9 +158,35 @@ class ObjectStore:
             raise
 
 
+class LinkedStore(LocalStore):
+    """A local folder with indexes whose tars lie in another store, which is only read."""
+
+    def __init__(self, folder: Path, tars: Store) -> None:
+        super().__init__(folder)
+        self._tars = tars
+
+    def read(self, name: str) -> bytes:
+        return self._tars.read(name) if name.endswith(".tar") else super().read(name)
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        return (
+            self._tars.read_range(name, start, end) if name.endswith(".tar") else super().read_range(name, start, end)
+        )
+
+    def list(self, folder: str = "") -> dict[str, int]:
+        tars = self._tars.list(folder)
+        return {**super().list(folder), **{name: size for name, size in tars.items() if name.endswith(".tar")}}
+
+    def local(self, name: str) -> Any:
+        return self._tars.local(name) if name.endswith(".tar") else super().local(name)
+
+
 def open_store(place: str | Path, options: dict[str, Any] | None = None) -> Store:
     """The store at a local path or a URL. Raises UserError where the URL's package is missing."""
-    return ObjectStore(str(place), options) if is_url(place) else LocalStore(Path(place))
+    if is_url(place):
+        return ObjectStore(str(place), options)
+    tars = tars_url(place)
+    return LocalStore(Path(place)) if tars is None else LinkedStore(Path(place), open_store(tars, options))
 
 
 def read_many(store: Store, names: Collection[str]) -> Iterator[bytes]:

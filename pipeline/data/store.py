@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from data_tools.errors import UserError
+from data_tools.manifest import tars_url
 
 READ_SECONDS = 300.0  # how long a store may be out of reach (data.read_timeout)
 _REQUEST_SECONDS = 60.0  # one request of an object store; then it counts as failed and is tried again
@@ -78,6 +79,8 @@ def open_folder(
         if read == "pread":
             raise UserError(f"data.read=pread is there for local files, not for {place}; write chunk, or auto")
         return ObjectStore(str(place), options or {}, timeout)
+    if (tars := tars_url(place)) is not None:
+        return LinkedFolder(Path(place), open_folder(tars, options, read=read, timeout=timeout))
     if read == "auto":
         read = "chunk" if is_network_mount(Path(place)) else "pread"
     return NetworkFolder(Path(place), timeout) if read == "chunk" else LocalFolder(Path(place), max_open)
@@ -170,6 +173,20 @@ class LocalFolder:
 
     def sizes(self, names: list[str]) -> dict[str, int]:
         return _stat(self.folder, names)
+
+
+class LinkedFolder(LocalFolder):
+    """Indexes in a local folder, whose tars lie elsewhere (`mixer data index --out`)."""
+
+    def __init__(self, folder: Path, tars: Folder):
+        super().__init__(folder)
+        self._tars, self.remote = tars, tars.remote
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        return self._tars.read_range(name, start, length)
+
+    def sizes(self, names: list[str]) -> dict[str, int]:
+        return self._tars.sizes(names)
 
 
 class NetworkFolder:

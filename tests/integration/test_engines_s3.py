@@ -15,6 +15,7 @@ from s3_server import S3Server
 from data_tools.engines import ShardOptions, shard_corpus
 from data_tools.errors import UserError
 from data_tools.manifest import DatasetManifest
+from pipeline.data.source import Access, open_source
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
@@ -141,6 +142,28 @@ def members(folder: Path) -> list[bytes]:
         with tarfile.open(path) as tar:
             found += [tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")]  # type: ignore[union-attr]
     return found
+
+
+def test_tars_of_a_bucket_that_is_only_read_are_indexed_elsewhere(corpus, server, tmp_path):
+    options = ["--storage-options", json.dumps(server.options)]
+    run("shard", corpus, tmp_path / "made", "--max-samples", 50)
+    tars = {p.name: p.read_bytes() for p in (tmp_path / "made").glob("*.tar")}
+    for name, data in tars.items():
+        server.client().put_object(Bucket="sets", Key=f"foreign/{name}", Body=data)
+    out = tmp_path / "index"
+    run("data", "index", "s3://sets/foreign", "--out", out, *options)
+    assert stored(server, "foreign/") == tars and not list(out.glob("*.tar"))  # neither written to nor copied
+    assert "0 problems" in run("data", "verify", out, *options)
+    assert "400 images" in run("data", "stats", out, *options)
+    assert "class0/" in run("data", "inspect", out / "train-000000.tar", *options)
+    run("data", "reshard", out, tmp_path / "copy", "--max-samples", 50, *options)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "copy").glob("*.tar")} == tars
+    access = Access(storage_options=server.options, read_timeout=20)
+    there = open_source(str(out), "train", image_size=32, num_classes=None, access=access)
+    here = open_source(str(tmp_path / "made"), "train", image_size=32, num_classes=None)
+    assert [there.read(i, 3).label for i in range(0, 400, 40)] == [here.read(i, 3).label for i in range(0, 400, 40)]
+    error = run("data", "index", "s3://sets/other", "--out", out, *options, code=1)
+    assert "no .tar files" in error and "Traceback" not in error
 
 
 def test_an_outage_of_the_corpus_is_waited_out(undisturbed, corpus_in_store, server, tmp_path):
