@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, as_before, train
+from helpers import as_before, train
 
 from data_tools.errors import UserError
 from pipeline.cli_eval import run_eval, run_fewshot
@@ -123,7 +123,6 @@ def test_a_run_of_a_bit_is_trained_resumed_evaluated_and_probed(tmp_path, capsys
 
 
 def test_batch_norm_is_said_to_be_elastic_in_data_only(tmp_path, capsys):
-    assert len(TINY)
     settings = [*NONE, "model.name=timm/test_byobnet", "model.hidden_dim=null", "model.num_blocks=null"]
     assert train(tmp_path / "run", *settings, "model.image_size=32", "train.duration=2 steps",
                  "train.global_batch_size=4") == 0  # fmt: skip
