@@ -57,9 +57,7 @@ class LocalLauncher:
                 return EXIT_SAVED
             if UserError.exit_code in outcome.codes:
                 return UserError.exit_code
-            if (
-                self._stopping or self.run.stop_request()
-            ):  # before a rank was ready to save: nothing is lost, and it is to be continued
+            if self._stopping or self.run.stop_request():  # before a rank was ready to save: to be continued
                 return EXIT_SAVED
             after = committed_steps(self.run.checkpoints)
             fruitless = 0 if after[-1:] != before[-1:] else fruitless + 1

@@ -28,6 +28,7 @@ class Beat:
 
     time: float
     rank: int
+    world: int  # ranks there should be
     host: str
     pid: int
     state: str  # starting, loading, training, evaluating, saving; ended, failed
@@ -40,6 +41,17 @@ class Beat:
     @property
     def over(self) -> bool:
         return self.state in ("ended", "failed")
+
+    def alive(self, within: float) -> bool:
+        """Whether its process is there: on this host the kernel knows, of another a pulse within so many seconds."""
+        if self.over:
+            return False
+        if self.host != socket.gethostname():
+            return time.time() - self.time < within
+        try:
+            return b"launch" in Path(f"/proc/{self.pid}/cmdline").read_bytes()  # its number may be another's by now
+        except OSError:
+            return False
 
     @property
     def waits(self) -> bool:
@@ -55,7 +67,8 @@ class Pulse:
 
     def __init__(self, path: Path | None, rank: int = 0, on_beat: Callable[[], None] | None = None):
         now = time.time()
-        self._beat = Beat(now, rank, socket.gethostname(), os.getpid(), "starting", 0, now, 0.0, 0.0, "")
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        self._beat = Beat(now, rank, world, socket.gethostname(), os.getpid(), "starting", 0, now, 0.0, 0.0, "")
         self._path, self._on_beat = path, on_beat
         self._main = threading.main_thread().ident
         self._over = threading.Event()
@@ -68,6 +81,7 @@ class Pulse:
         """Says what begins now; returns what went on before."""
         before = self._beat.state
         self._beat = replace(self._beat, state=state, since=time.time())
+        self._write()
         return before
 
     def alive(self) -> None:
@@ -140,10 +154,12 @@ def read_pulses(paths: dict[int, Path]) -> dict[int, Beat]:
 
 
 def _where(thread: int | None) -> str:
-    """The innermost functions of a thread: the innermost of all, then up to three of this project."""
+    """The innermost functions of a thread: the innermost of all, then up to two of this project."""
     frame = sys._current_frames().get(thread or -1)
+    while frame and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
     names: list[str] = []
-    while frame and len(names) < 4:
+    while frame and len(names) < 3:
         file = frame.f_code.co_filename
         if not names or file.startswith(_PROJECT):
             short = "/".join(Path(file).parts[-2:])

@@ -20,6 +20,7 @@ import os
 import platform
 import shlex
 import socket
+import struct
 import sys
 import time
 import uuid
@@ -64,6 +65,15 @@ class RunFolder:
         self.data = self.path / "data"
         self.ledger = self.path / "ledger"
         self._lock: TextIO | None = None
+
+    def locked(self) -> bool:
+        """Whether a training holds the folder, asked without taking part; False where locks do not say."""
+        try:
+            with open(self.path / ".lock") as f:
+                ask = struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)
+                return struct.unpack("hhqqi4x", fcntl.fcntl(f, fcntl.F_GETLK, ask))[0] != fcntl.F_UNLCK
+        except (OSError, struct.error):
+            return False
 
     def stop_request(self) -> str | None:
         """What `mixer stop` asked for: "save" or "now"; None where nobody did."""
@@ -191,6 +201,21 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:
                 continue
+
+
+def last_lines(path: Path, size: int = 65536) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file's last `size` bytes: quick, however long the file is."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - size))
+            rows = f.read().splitlines()
+    except OSError:
+        return []
+    found = []
+    for row in rows:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(row))
+    return [line for line in found if isinstance(line, dict)]
 
 
 def resume_points(run: str | Path) -> list[dict[str, Any]]:

@@ -229,7 +229,7 @@ class Trainer:
         """`mixer stop` leaves a file, which also reaches a run on another machine; rank 0 looks, all agree."""
         if self.world.is_main and time.monotonic() >= self._look_for_stop_at:
             self._look_for_stop_at = time.monotonic() + LOOK_FOR_STOP_SECONDS
-            if self.run.stop_request():
+            if self.run.stop_request() == "save":  # for "now" the pulses look, also while this thread hangs
                 self.flag.name = self.flag.name or "mixer stop"
 
     # -- start and end ----------------------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 Python imports this module at its start when its folder is on PYTHONPATH. Where MIXER_TEST_PROBE names a file, rank r
 keeps two bytes of it, from offset 2r on: B inside a backward pass or '.', C inside a checkpoint's write or '.' (two,
 for a write may go on beside training). A killed process cannot write that it left, so the bytes say where it died.
-MIXER_TEST_STRETCH makes both places longer, by so many seconds, so that a wall clock hits them.
+MIXER_TEST_STRETCH makes both places longer, by so many seconds, so that a wall clock hits them. MIXER_TEST_RAISE
+"R:N" raises an error in the N-th backward pass of rank R.
 """
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import itertools
 import os
 import sys
 import time
@@ -35,12 +37,26 @@ def marked(function: Callable[..., Any], mark: bytes) -> Callable[..., Any]:
     return inside
 
 
+def raising(function: Callable[..., Any]) -> Callable[..., Any]:
+    rank, _, number = os.environ.get("MIXER_TEST_RAISE", "").partition(":")
+    if rank != os.environ.get("RANK"):
+        return function
+    count = itertools.count(1)
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        if next(count) == int(number):
+            raise ZeroDivisionError("a test asked for it")
+        return function(*args, **kwargs)
+
+    return inside
+
+
 def patch_engine(module: Any) -> None:
     make = module.make_engine
 
     def make_engine(*args: Any, **kwargs: Any) -> Any:
         engine = make(*args, **kwargs)
-        engine._backward = marked(engine._backward, b"B")
+        engine._backward = raising(marked(engine._backward, b"B"))
         return engine
 
     module.make_engine = make_engine
