@@ -49,7 +49,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mixer]]:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         command = ["launch", "local", *run_arguments(run, *more), "--nproc", "2"]
-        started.append(Mixer(command, run.parent, stretch=0.05))
+        started.append(Mixer(command, run.parent, stretch=0.15))
         return started[-1]
 
     yield begin
@@ -71,7 +71,7 @@ def test_a_run_is_watched_frozen_killed_stopped_and_resumed(
     assert seen["state"] == "TRAINING" and 0 < seen["step"] <= STEPS == seen["total_steps"]
     assert (seen["world_size"], seen["strategy"], seen["restarts"]) == (2, "ddp", 0)
     assert seen["loss"] > 0 and seen["img_per_s"] > 0 and seen["eta_s"] is not None and len(seen["nodes"]) == 1
-    assert seen["checkpoint"] == 6 and seen["checkpoint_age_s"] >= 0
+    assert seen["checkpoint"] in (6, 12, 18) and seen["checkpoint_age_s"] >= 0
 
     # Frozen: rank 0 waits in a collective, its own pulse goes on
     frozen = training.rank(1)
