@@ -46,7 +46,9 @@ class View:
     """What `mixer status` shows of one run. None: not known."""
 
     run: str
-    state: str = "NEW"  # QUEUED STARTING LOADING TRAINING EVALUATING SAVING STALLED; FINISHED SAVED STOPPED FAILED DIED
+    state: str = (
+        "NEW"  # QUEUED STARTING LOADING TRAINING EVALUATING SAVING ENDING STALLED; FINISHED SAVED STOPPED FAILED DIED
+    )
     note: str = ""
     step: int | None = None
     total_steps: int | None = None
@@ -71,7 +73,7 @@ class View:
 
     @property
     def running(self) -> bool:
-        return self.state.lower() in _RUNNING or self.state == "STALLED"
+        return self.state.lower() in _RUNNING or self.state in ("STALLED", "ENDING")
 
 
 def find_runs(places: Sequence[str]) -> list[Path]:
@@ -206,9 +208,9 @@ def slowest(beats: dict[int, Beat], silence: float, stuck: bool) -> Slow | None:
             quiet.rank, quiet.host, f"gives no sign of life for {span(now - quiet.time)}; last in {quiet.where}"
         )
     if stuck:
-        stopped = max(b.since for b in beats.values())
-        if any(b.time < stopped for b in beats.values()):
-            return None  # too early: somebody has not been heard since
+        stood = max(b.since + max(2 * b.step_s, 2.0) for b in beats.values())
+        if any(b.time < stood for b in beats.values()):
+            return None  # too early: what somebody said last is from before the standstill
         behind = min(b.step for b in beats.values())
         for b in sorted(beats.values(), key=lambda b: (b.step, b.waits, -b.own_s)):
             if b.step == behind and (len(beats) == 1 or not b.waits or any(o.step > behind for o in beats.values())):

@@ -76,10 +76,15 @@ def test_a_run_is_watched_frozen_killed_stopped_and_resumed(
     # Frozen: rank 0 waits in a collective, its own pulse goes on
     frozen = training.rank(1)
     os.kill(frozen, signal.SIGSTOP)
-    assert poll(lambda: view(run, "--stalled-after", "3")["slowest"] is not None)
-    seen = view(run, "--stalled-after", "3")
-    assert seen["state"] == "STALLED" and seen["slowest"]["rank"] == 1
-    assert "gives no sign of life" in seen["slowest"]["why"]
+
+    def stalled() -> dict[str, Any] | None:
+        seen = view(run, "--stalled-after", "3")
+        return seen["slowest"] if seen["state"] == "STALLED" else None
+
+    assert poll(lambda: stalled() is not None)
+    slowest = stalled()
+    assert slowest and slowest["rank"] == 1
+    assert "gives no sign of life" in slowest["why"]
     refused = mixer("train", *run_arguments(run), code=UserError.exit_code)  # beside it: what is shown is not that one
     assert "another training writes into this run folder" in refused
     assert view(run)["start"] == seen["start"] == "local.0"
