@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.logs import StartLogs, says_another_left
 from pipeline.pulse import Beat, read_pulses
 
-_AGENT_ENDS = {-signal.SIGTERM}  # how torchrun ends the others once one has failed
+_NO_FAILURE = {-signal.SIGTERM, 75}  # how torchrun ends the others once one has failed; saved and to be continued
 _SIGNALS = {
     signal.SIGKILL: "most often the kernel or SLURM, for memory: `dmesg | grep -i kill` on that node, `sacct -j JOB "
     "-o MaxRSS`; lower data.num_workers or ask for more memory",
@@ -46,7 +46,7 @@ def failures(logs: StartLogs) -> list[Failure]:
     found = [_told(record) for record in errors.values()]
     killed = {row["rank"]: row for path in logs.folder.glob("agent-*.json") for row in _read(path) or []}
     for rank, row in killed.items():
-        if rank not in errors and row["exit_code"] not in _AGENT_ENDS:
+        if rank not in errors and row["exit_code"] not in _NO_FAILURE:
             found.append(_killed(row, beats.get(rank)))
     known = {f.rank for f in found}
     if any(b.over for b in beats.values()) or found:

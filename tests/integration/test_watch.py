@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from mixer_process import (
     MIXER,
-    STEPS,
     Mixer,
     assert_same_run,
     attempts,
@@ -28,6 +27,8 @@ from mixer_process import (
 from data_tools.errors import UserError
 from pipeline.checkpoint.manager import committed_steps
 from pipeline.run import RunFolder, read_lines
+
+LONG = 200  # steps: what is done to the run takes its time on a busy machine
 
 
 def mixer(*arguments: str | Path, code: int = 0) -> str:
@@ -60,15 +61,17 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mixer]]:
 Start = Callable[..., Mixer]
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_frozen_killed_stopped_and_resumed(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, start: Start
 ) -> None:
-    undisturbed = undisturbed_run(tmp_path_factory.getbasetemp(), 2)
+    long = f"train.duration={LONG} steps"
+    undisturbed = undisturbed_run(tmp_path_factory.getbasetemp(), 2, long)
     run = tmp_path / "run"
-    training = start(run)
+    training = start(run, long)
     wait_for_progress(training, run, 0, steps=8)
     seen = view(run)
-    assert seen["state"] == "TRAINING" and 0 < seen["step"] <= STEPS == seen["total_steps"]
+    assert seen["state"] == "TRAINING" and 0 < seen["step"] <= LONG == seen["total_steps"]
     assert (seen["world_size"], seen["strategy"], seen["restarts"]) == (2, "ddp", 0)
     assert seen["loss"] > 0 and seen["img_per_s"] > 0 and seen["eta_s"] is not None and len(seen["nodes"]) == 1
     assert seen["checkpoint"] in (6, 12, 18) and seen["checkpoint_age_s"] >= 0
@@ -105,17 +108,17 @@ def test_a_run_is_watched_frozen_killed_stopped_and_resumed(
     assert training.wait() == 75, training.output()
     step = current_step(run)[1]
     assert f"STOPPED at step {step}" in said and view(run)["state"] == "STOPPED"
-    assert committed_steps(RunFolder(run).checkpoints)[-1] == step < STEPS
+    assert committed_steps(RunFolder(run).checkpoints)[-1] == step < LONG
     assert [e["name"] for e in read_lines(RunFolder(run).events) if e["event"] == "signal"] == ["mixer stop"]
     assert "nothing to stop" in mixer("stop", run)
 
     assert "finished" in mixer("resume", run)
     assert view(run)["state"] == "FINISHED"
-    assert_same_run(run, undisturbed)
+    assert_same_run(run, undisturbed, LONG)
     ranks = [mixer("logs", run, "--start", "local.0", "--rank", str(r), "-n", "0") for r in (0, 1)]
-    assert "step  6/40" in ranks[0] and "rank 1 of 2" in ranks[1] and "step  6/40" not in ranks[1]
+    assert "step   6/200" in ranks[0] and "rank 1 of 2" in ranks[1] and "step   6/" not in ranks[1]
     table = mixer("status", tmp_path)
-    assert "FINISHED" in table and f"{STEPS}/{STEPS}" in table
+    assert "FINISHED" in table and f"{LONG}/{LONG}" in table
 
 
 def test_stop_now_ends_a_hanging_run_and_nothing_starts_again(tmp_path: Path, start: Start) -> None:
@@ -132,6 +135,7 @@ def test_stop_now_ends_a_hanging_run_and_nothing_starts_again(tmp_path: Path, st
     assert training.all_gone()
 
 
+@pytest.mark.slow
 def test_stop_now_reaches_ranks_that_cannot_be_killed_from_here(tmp_path: Path, start: Start) -> None:
     """As from another machine: the file alone, which the pulses look at."""
     run = tmp_path / "run"
