@@ -17,6 +17,7 @@ from data_tools.cli import data_app, shard
 from data_tools.errors import UserError
 from launch.checkpoints import checkpoint_app
 from launch.cli_cluster import launch_slurm, launch_torchrun
+from launch.doctor import doctor
 from launch.plan_cli import plan
 from launch.watch_cli import logs, status, stop, why
 
@@ -31,7 +32,7 @@ app = typer.Typer(
 launch_app = typer.Typer(no_args_is_help=True, help="Start trainings: on this machine, on SLURM, on hosts.")
 
 app.command()(shard)
-for command in (status, logs, why, stop, plan):
+for command in (status, logs, why, stop, plan, doctor):
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(launch_app, name="launch")

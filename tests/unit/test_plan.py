@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -157,3 +160,23 @@ def test_h14_costs_what_the_paper_implies() -> None:
     s = replace(s, cost=model_cost("mixer_h14", 18000, 224))
     run = outlook(s, speed(s, DEVICES["h100"], ASSUMED), 1_025_390, 900.0, ASSUMED)
     assert run.exaflop == pytest.approx(3050, rel=0.01)
+
+
+def test_the_command_speaks_to_people_and_programs_without_torch() -> None:
+    code = "import sys; from launch.cli import main\n"
+    code += "sys.argv = ['mixer', 'plan', 'mixer_b16_i1k', *sys.argv[1:]]\n"
+    code += "try: main()\nexcept SystemExit as e: code = e.code\n"
+    code += "assert 'torch' not in sys.modules\nsys.exit(code)"
+
+    def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+
+    text = plan("--samples", "1281167").stdout
+    assert "59.88M parameters, 75.6 GFLOP" in text and "GPU hours" in text and "assumed: mfu_eager" in text
+    facts = json.loads(plan("--samples", "1281167", "train.strategy=zero3", "--nodes", "4", "--json").stdout)
+    assert facts["chosen"] == "zero3" and facts["gpus"] == 32 and facts["run"]["steps"] == 93_600
+    assert [r["strategy"] for r in facts["strategies"]] == list(STRATEGIES)
+    no_epoch = plan()
+    assert no_epoch.returncode == 1 and "--samples N" in no_epoch.stderr
+    too_big = plan("--samples", "1281167", "--gpu", "a10", "model.hidden_dim=16384", "--gpus-per-node", "1")
+    assert too_big.returncode == 1 and "does not fit NVIDIA A10" in too_big.stderr
