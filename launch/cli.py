@@ -390,7 +390,8 @@ def main() -> None:
             report_outcome(code)
             if code == 75 and ELASTIC in os.environ:
                 code = 0  # else torchrun would start it again
-            if code not in (0, 75) and not debug:  # nothing is left to tidy up, and cleaning up after peers can hang
+            # After an error nothing is left to tidy up, and cleaning up after peers can hang
+            if (error or code not in (0, 75)) and not debug:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)

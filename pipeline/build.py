@@ -20,7 +20,8 @@ from pipeline.config.sets import parse_share
 from pipeline.data.augment import EvalTransform, TrainTransform
 from pipeline.data.loader import PADDING, Batch, Share, TrainSamples
 from pipeline.data.mixup import MixUp
-from pipeline.data.order import Order
+from pipeline.data.node_cache import CachePlan, NodeCache
+from pipeline.data.order import Order, rank_slots
 from pipeline.data.pixel_order import pixel_order
 from pipeline.data.randaugment import RandAugment
 from pipeline.data.sets import TrainingData, open_data
@@ -98,6 +99,7 @@ class Parts:
     loss_fn: Loss
     checkpoints: CheckpointManager
     mixup: MixUp | None = None
+    cache: CachePlan | None = None
     allow: set[str] = field(default_factory=set)
     train_flops: float = 0.0  # per image
     peak_flops: float | None = None
@@ -107,6 +109,10 @@ class Parts:
         """A micro-batch of padding alone, in the shape of a real one."""
         rates = self.train_samples.drop_rates
         return blank_batch(self.config, self.share.micro_batch_size, 0 if rates is None else len(rates))
+
+    def open_cache(self) -> NodeCache | None:
+        """From now on samples are looked for in the node's cache first, which the node's first rank fills."""
+        return self.cache.open(self.order) if self.cache else None
 
     def load(self, reader: CheckpointReader | None) -> dict[str, Any]:
         """Overwrites the engine's state from a checkpoint, or with a fresh run's. Returns the checkpoint's state.
@@ -303,6 +309,17 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         drop_rates=model.drop_rates(),
         seed=c.run.seed,
     )
+    mix, cache = mixup(config), None
+    if CachePlan.wanted(config, source):
+        cache = CachePlan(
+            config,
+            order,
+            source,
+            node_slots(world, batch, mix),
+            read_ahead=-(-c.data.num_workers * max(2, share.micro_steps) // share.micro_steps) + 1,
+            first_rank=world.rank - world.local_rank,
+            local_rank=world.local_rank,
+        )
     engine, average = build_engine(c, world, model, share)
     keep_every = c.checkpoint.keep_every
     steps = Duration.parse(keep_every).to_steps(batch, order.num_samples) if keep_every else None
@@ -321,7 +338,8 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         None if val_source is None else eval_samples(config, val_source, classes),
         engine.loss_fn,
         CheckpointManager(run.checkpoints, world, Retention(c.checkpoint.keep_last, steps), mirror=mirror),
-        mixup(config),
+        mix,
+        cache,
         allow or set(),
         cost.training_flops,
         None if on_cpu else peak_flops(torch.cuda.get_device_name(), c.train.precision),
@@ -377,8 +395,17 @@ def blank_batch(config: Config, size: int, drops: int) -> Batch:
         torch.full((size,), PADDING),
         torch.zeros(size, dtype=torch.int64),
         [],
-        *((torch.arange(size), torch.ones(size)) if config.augment.mixup_alpha else ()),
+        *((torch.arange(size), torch.ones(size)) if config.augment.mixup_alpha else (torch.arange(0), torch.ones(0))),
     )
+
+
+def node_slots(world: World, batch: int, mixup: MixUp | None) -> np.ndarray:
+    """Slots of the global batch whose samples this node's ranks read: their own, and the partners of those."""
+    first = world.rank - world.local_rank
+    slots = np.arange(
+        rank_slots(first, world.size, batch)[0], rank_slots(first + world.local_size - 1, world.size, batch)[1]
+    )
+    return slots if mixup is None else np.union1d(slots, mixup.partners(slots))
 
 
 def train_transform(config: Config) -> TrainTransform:

@@ -42,9 +42,15 @@ def evaluate(
     on_batch: Callable[[], None] = lambda: None,
     on_logits: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
 ) -> EvalResult:
-    """Runs `predict` (logits [m, K]) over this rank's batches and sums over ranks. Collective."""
+    """Runs `predict` (logits [m, K]) over this rank's batches and sums over ranks. Collective.
+
+    Raises:
+        UserError: on every rank, where one of them could not read its data.
+    """
+    failure: UserError | None = None
     total = torch.zeros(5, dtype=torch.float64, device=world.device)  # top1, top5, loss, samples, bad
     for batch in batches:
+        failure = failure or batch.failure  # the other ranks need this one's part of the collectives to the end
         logits = predict(batch)
         on_logits(batch, logits)
         labels = batch.labels.to(logits.device)
@@ -64,6 +70,9 @@ def evaluate(
             ]
         )
         on_batch()
+    failure = next((f for f in world.gather(failure) if f), None)
+    if failure:
+        raise failure
     top1, top5, loss, samples, bad = world.sum(total.tolist())
     count = max(samples, 1.0)
     return EvalResult(top1 / count, top5 / count, loss / count, int(samples), int(bad))

@@ -45,9 +45,9 @@ class Watchdog:
         if enabled:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self) -> None:
-        """Something got further that is not a step."""
-        self._beat = time.monotonic()
+    def beat(self, grace: float = 0.0) -> None:
+        """Something got further that is not a step; or begins that may take `grace` seconds more than a step."""
+        self._beat = time.monotonic() + grace
         self.pulse.alive()
 
     def step(self, step: int, own_s: float) -> None:

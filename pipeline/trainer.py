@@ -22,7 +22,9 @@ from pipeline.build import Parts
 from pipeline.checkpoint.layout import CheckpointError, CheckpointReader
 from pipeline.checkpoint.manager import best_score, step_folder
 from pipeline.checkpoint.stager import BackgroundSaver, SaveResult
+from pipeline.data.feed import Feed
 from pipeline.data.loader import Batch, eval_batches, masked_slots, step_digest, train_batches
+from pipeline.data.node_cache import NodeCache
 from pipeline.duration import Duration
 from pipeline.evaluate import EvalResult, evaluate
 from pipeline.health import EXIT_HUNG, SickSteps, Watchdog, slowest_rank
@@ -81,6 +83,7 @@ class Trainer:
         self._last_save, self._retry_save_at = time.monotonic(), math.inf
         h = self.config.health
         self.sick = SickSteps(h.max_skipped, h.spike_factor)
+        self._cache: NodeCache | None = None
         self._positions: dict[int, tuple[int, int]] = {}  # step -> (epoch, position), of the latest steps
         self._own_seconds: list[float] = []
         self._rollbacks: dict[int, int] = {}
@@ -106,19 +109,53 @@ class Trainer:
         finally:
             self._watchdog.stop()
             self._display.close()
+            if self._cache:
+                self._cache.close()
 
     def _train(self, stop_at: int | None) -> Outcome:
         self._start()
         end = min(self.schedule.total_steps, stop_at or self.schedule.total_steps)
         stop = self.step >= end
         while not stop:
-            for batches in self._timed(self._batches()):
-                stop = self._step(batches, end)
-                if stop or self.sick.must_roll_back:
-                    break
+            with contextlib.closing(Feed(self._batches, self._display.say)) as feed:
+                while not (stop or self.sick.must_roll_back):
+                    batches = self._next(feed)
+                    stop = batches is None or self._step(batches, end)
             if not stop:
                 self._roll_back()
         return self._end()
+
+    def _next(self, feed: Feed) -> list[Batch] | None:
+        """This step's micro-batches, once every rank has its own; None, after a save, where somebody wants to stop.
+
+        Until all have them nobody begins the step: so a rank that cannot read can end the run between two steps.
+
+        Raises:
+            UserError: data could not be read, on whichever rank; the run is saved first.
+        """
+        started = time.perf_counter()
+        self._wait_for_data()
+        got = feed.next(give_up=lambda: self.flag.name is not None)
+        failure = got if isinstance(got, UserError) else None
+        stop, failed = self.world.sum([got is None, failure is not None])
+        self._watchdog.beat()
+        self._clock.last_wait = time.perf_counter() - started
+        self._clock.data_wait += self._clock.last_wait
+        if failed:
+            failure = next(f for f in self.world.gather(failure) if f)
+            self._save()
+            self._finish_saving()
+            if self.world.is_main:
+                self.run.record("unreadable", attempt=self.attempt, step=self.step, why=str(failure))
+                self._write_status("saved")
+            raise type(failure)(
+                f"{failure}; saved at step {self.step}: when that is mended, `mixer resume {self.run.path}`"
+            )
+        if stop:
+            self._save()
+            return None
+        assert isinstance(got, list)
+        return got
 
     def _step(self, batches: list[Batch], end: int) -> bool:
         """One optimizer step and what is due after it. True when training ends here."""
@@ -152,29 +189,19 @@ class Trainer:
             end_factor=c.end_factor,
         )
 
+    def _wait_for_data(self) -> None:
+        """The watchdog leaves the end of a wait to data.read_timeout; an index may be read before a sample."""
+        self._watchdog.beat(grace=2 * Duration.parse(self.config.data.read_timeout).seconds() + 60)
+
     def _batches(self) -> Iterator[list[Batch]]:
-        order = self.parts.order
-        if self.step >= self.schedule.total_steps:
-            return iter(())
         return train_batches(
             self.parts.train_samples,
-            order,
+            self.parts.order,
             self.parts.share,
             num_workers=self.config.data.num_workers,
             pin_memory=self.world.device.type == "cuda",
             mixup=self.parts.mixup,
         )
-
-    def _timed(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """Adds the wait for data to the clock."""
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            self._clock.last_wait = time.perf_counter() - started
-            self._clock.data_wait += self._clock.last_wait
-            yield batch
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.schedule.total_steps
@@ -192,6 +219,8 @@ class Trainer:
         self._positions[self.step + 1] = order.state.epoch, order.state.position
         self._positions.pop(self.step + 1 - 10 * self.sick.max_in_a_row - 100, None)
         order.state = order.next_state(order.state)
+        if self._cache:
+            self._cache.progress(order.state)
         self.parts.average.update()
         self.step += 1
         self.samples += self.config.train.global_batch_size
@@ -280,6 +309,8 @@ class Trainer:
             self._open_writer()
             self._display.say(parts.summary(running, self.step, previous if reader else None))
             self._write_status("training")
+        self._cache = parts.open_cache()
+        world.barrier()  # nobody reads before the first chunks are on their way
         self._pulse.enter("training")
         self._clock = Clock.now()
         self._last_save = time.monotonic()
@@ -435,6 +466,8 @@ class Trainer:
         order = self.parts.order
         skips = tuple(dict.fromkeys((*order.state.skips, *earlier, *skips)))
         order.state = order.settle(replace(order.state, skips=skips))
+        if self._cache:
+            self._cache.progress(order.state)
         self._rollbacks[state["step"]] = self._rollbacks.get(state["step"], 0) + 1
         if self._rollbacks[state["step"]] > MAX_ROLLBACKS:
             raise UserError(
@@ -485,9 +518,17 @@ class Trainer:
             num_workers=self.config.data.num_workers,
         )
         with self._watchdog.busy("evaluating"):
-            beat = self._watchdog.beat
+            self._wait_for_data()
             self.engine.share_buffers()
-            result: EvalResult = evaluate(self.engine.predict, batches, self.parts.loss_fn, self.world, on_batch=beat)
+            try:
+                result: EvalResult = evaluate(
+                    self.engine.predict, batches, self.parts.loss_fn, self.world, on_batch=self._wait_for_data
+                )
+            except UserError as e:  # training needs no evaluation; if its data is out of reach too, it says so itself
+                if self.world.is_main:
+                    self.run.record("eval_failed", attempt=self.attempt, step=self.step, why=str(e))
+                    self._display.say(f"warning: no evaluation at step {self.step}: {e}")
+                return
         self.metrics, self.evaluated_at = result.to_dict(), self.step
         if self.world.is_main and self._writer:
             self._writer.scalars(self.step, result.to_dict(), split="val")

@@ -13,6 +13,7 @@ from data_tools.errors import UserError
 from pipeline.config.sets import subset_problems, train_problems
 from pipeline.config.tree import Config, alternatives, get_value, schema
 from pipeline.duration import Duration
+from pipeline.sizes import parse_bytes
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "run.init_head": ("keep", "zero"),
@@ -152,6 +153,11 @@ def _range_problems(config: Config) -> Iterator[str]:
     for key in ("run.name", "run.dir", "model.name", "data.val"):
         if get_value(config, key) == "":
             yield f"{key}: must not be empty"
+    if config.data.cache_size is not None:
+        try:
+            parse_bytes(config.data.cache_size)
+        except UserError as error:
+            yield f"data.cache_size: {error}"
     if config.data.val == "None":
         yield "data.val: None is read as a folder's name; write none (no evaluation) or null (the val split)"
 
@@ -166,6 +172,7 @@ _DURATIONS = (
     "health.timeout",
     "data.read_timeout",
 )
+_LONGEST_READ = 1200  # s; the process group gives up after 1800
 # May be, and must be, a time; nothing else may depend on a clock
 _TIMES = ("checkpoint.every", "health.timeout", "data.read_timeout")
 
@@ -185,7 +192,9 @@ def _duration_problems(config: Config) -> Iterator[str]:
             yield f"{key}: '{text}' is a time (only checkpoint.every may be); write steps, epochs or samples"
         elif not duration.is_time and key in ("health.timeout", "data.read_timeout"):
             yield f"{key}: '{text}' is not a time; write for example '30 min'"
-        elif duration.value == 0 and key != "scheduler.warmup":
+        elif key == "data.read_timeout" and duration.seconds() > _LONGEST_READ:
+            yield f"{key}: '{text}' is longer than the {_LONGEST_READ} s for which other ranks can wait; shorten it"
+        elif duration.value == 0 and key not in ("scheduler.warmup", "data.read_timeout"):
             off = "; write null for never" if type(None) in alternatives(schema()[key]) else ""
             yield f"{key}: '{text}' must be longer than nothing{off}"
 

@@ -31,6 +31,8 @@ _ON_RESUME: dict[str, Kind] = {
     "data.corrupt_shards": "free",
     "data.read": "free",
     "data.read_timeout": "free",
+    "data.cache_dir": "free",
+    "data.cache_size": "free",
     "data.storage_options": "free",
     "data.chunk": "refused",
     "data.window": "refused",

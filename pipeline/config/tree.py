@@ -53,6 +53,8 @@ class DataConfig:
     max_bad_fraction: float = 1e-4
     corrupt_shards: str = "fail"  # a shard that is missing or not the indexed one; mask: its samples get weight 0
     read: str = "auto"  # pread: local files, sample by sample; chunk: network file systems and URLs, through the cache
+    cache_dir: str | None = None  # of what `chunk` reads, on a disk of the node; None: TMPDIR
+    cache_size: str | None = None  # hard limit, such as 400GiB; None: half of what is free; 0: no cache
     read_timeout: str = "5 min"  # how long a store may be out of reach before the run saves and ends
     storage_options: dict[str, Any] = field(default_factory=dict)  # of fsspec, for URLs: endpoint_url, profile, ...
     chunk: int = 16

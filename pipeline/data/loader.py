@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from data_tools.errors import UserError
 from pipeline.data.augment import EvalTransform, TrainTransform, keep_mask
 from pipeline.data.mixup import MixUp
 from pipeline.data.order import Order, key, rank_slots
@@ -32,7 +33,8 @@ class Batch(NamedTuple):
     no slot of this micro-batch; weights float32 [m], 0 for padding and for bad samples; keep float32 [m, 2L]
     stochastic-depth masks, or [m, 0]; ids int64 [m], -1 for padding; crc32 int64 [m] of the bytes that were read;
     errors: why a sample is bad, one text a bad slot; partners int64 [m]: the row that each slot is mixed with, and mix
-    float32 [m]: the slot's own share; both empty without MixUp.
+    float32 [m]: the slot's own share; both empty without MixUp. failure: what kept the data away that is no fault of
+    single samples; all rows are of weight 0 then.
     """
 
     images: torch.Tensor
@@ -44,6 +46,7 @@ class Batch(NamedTuple):
     errors: list[str]
     partners: torch.Tensor = torch.empty(0, dtype=torch.int64)
     mix: torch.Tensor = torch.empty(0)
+    failure: UserError | None = None
 
 
 class Request(NamedTuple):
@@ -81,6 +84,7 @@ class TrainSamples(Dataset):
         # None where nothing is dropped, so that the model skips the multiplication
         self.drop_rates = np.asarray(drop_rates) if drop_rates and max(drop_rates) > 0 else None
         self.seed = seed
+        self.failure: UserError | None = None  # of an earlier batch: the next one is not waited for as long again
 
     def __getitem__(self, request: Request) -> Batch:
         epochs, ids = request.epochs.tolist(), request.ids.tolist()
@@ -90,10 +94,13 @@ class TrainSamples(Dataset):
         labels, crcs, good = [0] * n, [0] * n, [False] * n
         errors: list[str] = []
         for i, (epoch, sample_id) in enumerate(zip(epochs, ids)):
+            row = None
             try:
-                row = self.row(epoch, sample_id) if sample_id != PADDING else None
+                if sample_id != PADDING and not self.failure:
+                    row = self.row(epoch, sample_id)
+            except UserError as e:  # raised here it would lose its kind on the way out of a worker
+                self.failure, good = e, [False] * n
             except (BadSample, ValueError, RuntimeError) as e:  # whatever this one image did to a transform
-                row = None
                 if i < m:  # a partner's own rank tells of it
                     errors.append(str(e))
             if row is None:
@@ -114,10 +121,11 @@ class TrainSamples(Dataset):
             errors,
             partners,
             torch.where(used[partners], mix, 1.0) if len(mix) else mix,  # nothing is mixed with a bad sample
+            self.failure,
         )
 
     def row(self, epoch: int, sample_id: int) -> Row:
-        """Raises BadSample, or whatever this one image does to a transform."""
+        """Raises BadSample, UserError for the store's faults, or whatever this one image does to a transform."""
         pixels, label, crc = self.source.read(sample_id, self.channels)
         if not 0 <= label < self.num_classes:
             raise BadSample(f"sample {sample_id}: label {label} outside [0, {self.num_classes})")
@@ -209,7 +217,12 @@ def train_batches(
     pin_memory: bool = False,
     mixup: MixUp | None = None,
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of one step after another, for ever, from `order.state` on."""
+    """The micro-batches of one step after another, for ever, from `order.state` on.
+
+    Raises:
+        UserError: a store is out of reach, or a shard is damaged; after it, begin anew.
+    """
+    samples.failure = None
     loader = DataLoader(
         samples,
         batch_size=None,  # a request is a whole micro-batch
@@ -221,7 +234,11 @@ def train_batches(
     )
     batches = iter(loader)
     while True:
-        yield [next(batches) for _ in range(share.micro_steps)]
+        step = [next(batches) for _ in range(share.micro_steps)]
+        failure = next((b.failure for b in step if b.failure), None)
+        if failure:
+            raise failure
+        yield step
 
 
 def eval_batches(
@@ -234,6 +251,7 @@ def eval_batches(
     ids: np.ndarray | None = None,
 ) -> DataLoader:
     """Each sample of the split (of `ids`, where given) exactly once over all ranks; as many batches on every rank."""
+    samples.failure = None
     total = sum(samples.source.shard_sizes) if ids is None else len(ids)
     first, last = rank_slots(rank, world_size, total)
     per_rank = -(-total // world_size)

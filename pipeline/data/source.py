@@ -145,7 +145,7 @@ class TarSource:
         self.digest = manifest.split_digest(split)
         self.classes = manifest.classes
         self.sequential = False
-        self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._max_open = max_open
         self._rows: OrderedDict[int, np.ndarray] = OrderedDict()
         self._verified: set[int] = set()
@@ -163,10 +163,14 @@ class TarSource:
         """From now on whole chunks of `chunk` samples are looked for in a node's cache first."""
         self._cache, self._chunk = cache, chunk
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: without what this one holds open."""
+        return {**self.__dict__, "_rows": OrderedDict(), "_ahead": (0, 0, b""), "_cache": None}
+
     def place_of(self, sample_id: int) -> tuple[int, int]:
         """(shard, row) of a sample."""
-        shard = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        return shard, sample_id - int(self._starts[shard])
+        shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        return shard, sample_id - int(self.starts[shard])
 
     def encoded(self, sample_id: int) -> Encoded:
         """The stored bytes, verified against the index. Raises as `read` does."""
@@ -194,12 +198,12 @@ class TarSource:
         return RawSample(pixels, label, crc)
 
     def crc32(self, sample_ids: np.ndarray) -> np.ndarray:
-        shards = np.searchsorted(self._starts, sample_ids, side="right") - 1
+        shards = np.searchsorted(self.starts, sample_ids, side="right") - 1
         crcs = np.empty(len(sample_ids), dtype=np.int64)
         for shard in np.unique(shards):
             here = shards == shard
             try:
-                crcs[here] = self.rows(int(shard))["crc32"][sample_ids[here] - self._starts[shard]]
+                crcs[here] = self.rows(int(shard))["crc32"][sample_ids[here] - self.starts[shard]]
             except DamagedShard:
                 if self.access.corrupt_shards == "fail":
                     raise

@@ -50,6 +50,7 @@ class Folder(Protocol):
 
     place: str
     remote: bool  # reads have latency: whole chunks pay
+    timeout: float  # seconds for which a read is tried again
 
     def read(self, name: str) -> bytes: ...
 
@@ -152,6 +153,7 @@ class LocalFolder:
     """Positioned reads; descriptors may be shared with forked workers."""
 
     remote = False
+    timeout = 0.0
 
     def __init__(self, folder: Path, max_open: int = 128):
         self.folder, self.place = folder, str(folder)
@@ -195,7 +197,7 @@ class NetworkFolder:
     remote = True
 
     def __init__(self, folder: Path, timeout: float):
-        self.folder, self.place, self._timeout = folder, str(folder), timeout
+        self.folder, self.place, self.timeout = folder, str(folder), timeout
 
     def read(self, name: str) -> bytes:
         return self._try(name, (self.folder / name).read_bytes)
@@ -211,7 +213,7 @@ class NetworkFolder:
         return self._try("", lambda: _stat(self.folder, names))
 
     def _try(self, name: str, action: Callable[[], Result]) -> Result:
-        return patiently(action, f"cannot read {self.folder / name}", self._timeout)
+        return patiently(action, f"cannot read {self.folder / name}", self.timeout)
 
 
 class ObjectStore:
@@ -221,7 +223,7 @@ class ObjectStore:
 
     def __init__(self, url: str, options: dict[str, Any], timeout: float):
         self.place = url.rstrip("/")
-        self._options, self._timeout = options, timeout
+        self._options, self.timeout = options, timeout
         self._pid, self._fs, self._root = -1, None, ""
         self._connect()
 
@@ -273,4 +275,4 @@ class ObjectStore:
 
             return sync(fs.loop, getattr(fs, coroutine), path, timeout=_REQUEST_SECONDS, **arguments)
 
-        return patiently(call, f"cannot read {self.place}/{name}", self._timeout)
+        return patiently(call, f"cannot read {self.place}/{name}", self.timeout)
