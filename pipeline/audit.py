@@ -35,11 +35,25 @@ class Audit:
 
     steps: int = 0
     epochs: list[EpochReport] = field(default_factory=list)
-    masked: int = 0
-    skipped: int = 0  # positions jumped over after sick steps
+    masked: list[tuple[int, int, int, str]] = field(default_factory=list)  # (step, slot, sample id, why)
     attempts: int = 0
     superseded: int = 0  # ledger entries of steps that a later start repeated
     faults: list[str] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> int:
+        """Samples passed over after sick steps."""
+        return sum(len(e.jumped) for e in self.epochs)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All of it, for a file: every sample that was not consumed, and why."""
+        yield {"steps": self.steps, "attempts": self.attempts, "superseded": self.superseded, "faults": self.faults}
+        for e in self.epochs:
+            left_out = None if e.left_out is None else e.left_out.tolist()
+            row = {"set": e.name, "epoch": e.epoch, "samples": e.samples, "left_out": left_out}
+            yield {**row, "passed_over": e.jumped.tolist()} if len(e.jumped) else row
+        for step, slot, sample_id, why in self.masked:
+            yield {"masked": sample_id, "step": step, "slot": slot, "why": why}
 
 
 def audit(config: Config, run: RunFolder, progress: Callable[[int], None] = lambda steps: None) -> Audit:
@@ -73,7 +87,6 @@ def audit(config: Config, run: RunFolder, progress: Callable[[int], None] = lamb
                 progress(window.steps)
         epochs.close()
         report.epochs += epochs.reports
-        report.skipped += epochs.skipped
         report.faults += epochs.faults
     ledger.close()
     if not report.steps and not report.faults:
@@ -295,7 +308,7 @@ def _check(w: Window, order: Order, crcs: _Crc32, epochs: Epochs, report: Audit)
         ids[rows], sample_epochs[rows] = order.draw(int(epoch), positions[rows])
     used, expected_crcs = np.ones(ids.shape, dtype=bool), crcs(ids)
     for column, masked in w.masked.items():
-        for slot, sample_id, _ in masked:
+        for slot, sample_id, why in masked:
             if not 0 <= slot < batch or ids[column, slot] != sample_id:
                 report.faults.append(
                     f"step {w.first_step + column}: slot {slot} is masked as sample {sample_id}, which the order does "
@@ -303,7 +316,7 @@ def _check(w: Window, order: Order, crcs: _Crc32, epochs: Epochs, report: Audit)
                 )
                 continue
             used[column, slot], expected_crcs[column, slot] = False, 0
-    report.masked += int((~used).sum())
+            report.masked.append((w.first_step + column, slot, sample_id, why))
     keys = key(positions, ids, expected_crcs, used)
     sums = np.concatenate([np.zeros((w.steps, 1), dtype=np.uint64), np.cumsum(keys, axis=1, dtype=np.uint64)], axis=1)
     counted = np.zeros(w.steps, dtype=bool)

@@ -13,12 +13,14 @@ from pipeline.data.sets import TrainingData
 
 @dataclass(frozen=True)
 class EpochReport:
-    """`left_out`: samples of a finished epoch that no step took; None for an epoch that is not finished."""
+    """`left_out`: the samples of a finished epoch that no step took, by their number in the set; None for an epoch
+    that is not finished. `jumped`: those passed over after sick steps."""
 
     name: str  # of the set
     epoch: int
     samples: int
-    left_out: int | None
+    left_out: np.ndarray | None
+    jumped: np.ndarray
 
 
 class Epochs:
@@ -37,7 +39,6 @@ class Epochs:
         self._jumped = self._jumped_ids()
         self._state = self._order.state
         self.reports: list[EpochReport] = []
-        self.skipped = 0
         self.faults: list[str] = []
 
     def add(self, ids: np.ndarray, epochs: np.ndarray, state: Any) -> None:
@@ -83,19 +84,21 @@ class Epochs:
         if twice.size:
             self.faults.append(f"{where}: {twice.size} samples were seen more than once, the first is {twice[0]}")
         jumped = self._jumped.get(place, np.zeros(0, dtype=np.int64))
-        self.skipped += len(jumped)
         left_out = None
         if finished:
             counts[jumped] = 1
-            ours = counts if chosen.subset is None else counts[chosen.subset.ids]
-            left_out = int((ours == 0).sum())
+            left_out = np.flatnonzero(counts == 0)
+            if chosen.subset is not None:
+                left_out = np.intersect1d(left_out, chosen.subset.ids)
             if isinstance(self._order, MixtureOrder):
                 allowed = self._order.state.sets[i].lanes - 1
             else:
                 allowed = max(p["global_batch_size"] for p in self._points) - 1
-            if left_out > allowed:
-                self.faults.append(f"{where}: {left_out} samples were never seen; at most {allowed} may be left out")
-        self.reports.append(EpochReport(name, epoch, samples, left_out))
+            if len(left_out) > allowed:
+                self.faults.append(
+                    f"{where}: {len(left_out)} samples were never seen; at most {allowed} may be left out"
+                )
+        self.reports.append(EpochReport(name, epoch, samples, left_out, jumped))
 
     def _jumped_ids(self) -> dict[tuple[int, int], np.ndarray]:
         ranges = dict.fromkeys(tuple(skip) for p in self._points for skip in p["order"].get("skips", ()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import os
 import sys
@@ -21,7 +22,7 @@ from data_tools.errors import UserError
 from pipeline.config import Config, load_config
 from pipeline.logs import StartLogs
 from pipeline.pulse import Pulse
-from pipeline.run import RunFolder, read_lines
+from pipeline.run import RunFolder, read_lines, replace_file
 from pipeline.stop import StopFlag
 from pipeline.takeover import take_over_run
 
@@ -141,11 +142,14 @@ def run_audit(run_dir: str, overrides: list[str]) -> int:
     print(f"{report.steps} steps of {report.attempts} live starts, {report.superseded} superseded ledger entries")
     several = len({e.name for e in report.epochs}) > 1
     for e in report.epochs:
-        rest = " so far" if e.left_out is None else f", {e.left_out} left out"
+        rest = " so far" if e.left_out is None else f", {len(e.left_out)} left out"
         of = f" of {e.name}" if several else ""
         print(f"epoch {e.epoch}{of}: {e.samples:,} samples" + ("" if report.faults else f", each once{rest}"))
     if report.masked or report.skipped:
-        print(f"{report.masked} masked (unreadable), {report.skipped} passed over after sick steps")
+        print(f"{len(report.masked)} masked (unreadable), {report.skipped} passed over after sick steps")
+    listed = run.path / "audit.jsonl"
+    replace_file(listed, "".join(json.dumps(row) + "\n" for row in report.rows()))
+    print(f"every sample that was left out, masked or passed over: {listed}")
     for fault in report.faults[:20]:
         print(f"FAULT {fault}")
     if report.faults:

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import members, shards_of, train, write_dataset
+from test_health import poison
 
 from data_tools.errors import UserError
 from pipeline.audit import Audit, audit
+from pipeline.audit_epochs import EpochReport
 from pipeline.cli import run_audit
 from pipeline.config import load_config
 from pipeline.ledger import LedgerReader, LedgerWriter
@@ -52,7 +54,11 @@ def audited(run: Path, *overrides: str) -> Audit:
 
 def counts(report: Audit) -> dict[int, tuple[int, int | None]]:
     """epoch -> (samples, left out) of a run on one set."""
-    return {e.epoch: (e.samples, e.left_out) for e in report.epochs}
+    return {e.epoch: (e.samples, left_out(e)) for e in report.epochs}
+
+
+def left_out(epoch: EpochReport) -> int | None:
+    return None if epoch.left_out is None else len(epoch.left_out)
 
 
 def test_an_honest_run_passes_across_a_restart(run, capsys):
@@ -62,6 +68,8 @@ def test_an_honest_run_passes_across_a_restart(run, capsys):
     assert counts(report) == {0: (64, 11), 1: (64, 11), 2: (48, None)}
     assert run_audit(str(run), []) == 0
     assert "exact" in capsys.readouterr().out
+    first = next(row for row in listed(run) if row.get("epoch") == 0)
+    assert len(set(first["left_out"])) == 11 and set(first["left_out"]) < set(range(75))
 
 
 def entries(run: Path, rank: int = 0) -> list[dict[str, Any]]:
@@ -94,6 +102,12 @@ def rewrite(run: Path, lines: list[dict[str, Any]], old: bool = False, rank: int
         first, last = line["slots"]
         writer = LedgerWriter(folder, rank, attempt=line["attempt"], first=first, last=last, batch=16)
         writer.add(line["step"], line["epoch"], line["position"], int(line["digest"], 16), line["masked"])
+
+
+def listed(run: Path) -> list[dict[str, Any]]:
+    """What `mixer audit` writes down."""
+    assert run_audit(str(run), []) == 0
+    return [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
 
 
 def edit(run: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], old: bool = False) -> None:
@@ -194,7 +208,10 @@ def test_bad_samples_are_masked_and_said(tmp_path, shards):
     tar.write_bytes(data)
     assert train(tmp_path / "run", f"data.train={copy}", *SETTINGS, "data.max_bad_fraction=0.5") == 0
     report = audited(tmp_path / "run")
-    assert report.faults == [] and report.masked >= 1
+    assert report.faults == [] and report.masked
+    step, slot, sample, why = report.masked[0]
+    assert step >= 1 and 0 <= slot < 16 and 30 <= sample < 55 and "crc32" in why
+    assert [row["masked"] for row in listed(tmp_path / "run") if "masked" in row] == [m[2] for m in report.masked]
 
 
 def test_other_data_is_refused(run, tmp_path):
@@ -237,8 +254,8 @@ def test_of_a_mixture_every_set_has_its_own_epochs(mixture, capsys, shards):
     assert sum(e.samples for e in report.epochs) == 27 * 16
     assert sum(e.samples for e in large) == pytest.approx(0.7 * 27 * 16, abs=25)
     # 75 samples in 11 lanes: epochs of 66, the 9 left out are others each time; 40 in 5: of 40
-    assert [(e.samples, e.left_out) for e in large[:-1]] == [(66, 9)] * 4
-    assert [(e.samples, e.left_out) for e in small[:-1]] == [(40, 0)] * 3
+    assert [(e.samples, left_out(e)) for e in large[:-1]] == [(66, 9)] * 4
+    assert [(e.samples, left_out(e)) for e in small[:-1]] == [(40, 0)] * 3
     assert large[-1].left_out is None and small[-1].left_out is None
     assert run_audit(str(mixture), []) == 0
     assert f"epoch 0 of {shards}" in capsys.readouterr().out
@@ -270,7 +287,7 @@ def test_a_subset_is_audited_from_the_index_alone(tmp_path, shards):
     assert train(tmp_path / "run", *settings) == 0
     report = audited(tmp_path / "run")
     assert report.faults == [] and len(report.epochs) >= 4
-    assert all(e.left_out is not None and e.left_out < 16 for e in report.epochs[:-1])
+    assert all(e.left_out is not None and len(e.left_out) < 16 for e in report.epochs[:-1])
     # Were the file that says which samples are chosen wrong, the audit would not follow it
     (path,) = (tmp_path / "run" / "data").glob("*.ids")
     ids = np.fromfile(path, dtype="<u4")
@@ -331,3 +348,27 @@ def test_a_ledger_cut_short_by_a_crash_needs_no_repair(finished, tmp_path, shard
     assert train(run, f"data.train={shards}", *SETTINGS) == 0
     report = audited(run)
     assert report.faults == [] and (report.steps, report.attempts) == (11, 3)
+
+
+def test_another_batch_size_in_mid_run_is_followed(tmp_path, shards):
+    run, common = tmp_path / "run", [f"data.train={shards}", "model.num_classes=3", "scheduler.name=constant"]
+    assert train(run, *common, "train.duration=6 steps") == 0
+    more = [*common, "train.global_batch_size=32", "train.duration=9 steps"]
+    assert train(run, *more, allow=["train.global_batch_size"]) == 0
+    report = audited(run)
+    assert report.faults == [] and report.steps == 9
+    assert sum(e.samples for e in report.epochs) == 6 * 16 + 3 * 32
+
+
+@pytest.mark.parametrize("kind", ["one set", "mixture"])
+def test_samples_passed_over_after_sick_steps_are_accounted_for(tmp_path, shards, monkeypatch, kind):
+    b = write_dataset(tmp_path / "b", {"train": [members(40, first=100)]})
+    mixed = f"[{{path: {shards}, weight: 1}}, {{path: {b}, weight: 1}}]"
+    poison({1 + 6, 1 + 7}, monkeypatch)
+    data = [f"data.train={shards if kind == 'one set' else mixed}", "health.max_skipped=2"]
+    run = tmp_path / "run"
+    assert train(run, *SETTINGS[1:], *data, "train.duration=16 steps") == 0
+    report = audited(run)
+    assert report.faults == [] and report.skipped == 32 and report.steps == 16
+    passed = [row["passed_over"] for row in listed(run) if "passed_over" in row]
+    assert sum(map(len, passed)) == 32
