@@ -7,21 +7,20 @@ loader's whole state.
 
 from __future__ import annotations
 
-import math
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_tools.errors import UserError
 from pipeline.data.augment import EvalTransform, TrainTransform, keep_mask
 from pipeline.data.mixup import MixUp
 from pipeline.data.order import Order, key, rank_slots
 from pipeline.data.source import BadSample, SampleSource
+from pipeline.data.workers import make_loader
 
 PADDING = -1
 
@@ -57,6 +56,7 @@ class Request(NamedTuple):
     ids: np.ndarray
     partners: np.ndarray = np.empty(0, dtype=np.int64)
     mix: np.ndarray = np.empty(0, dtype=np.float32)
+    buffer: int | None = None  # of the loader's `BufferPool`: where the images go
 
 
 class Row(NamedTuple):
@@ -86,11 +86,16 @@ class TrainSamples(Dataset):
         self.seed = seed
         self.failure: UserError | None = None  # of an earlier batch: the next one is not waited for as long again
 
+    def image_shape(self, rows: int) -> tuple[int, int, int, int]:
+        return rows, self.channels, self.transform.size, self.transform.size
+
     def __getitem__(self, request: Request) -> Batch:
+        return self.make(request, torch.empty(self.image_shape(len(request.ids)), dtype=torch.uint8))
+
+    def make(self, request: Request, images: torch.Tensor) -> Batch:
+        """`images` becomes part of the batch; whatever it holds is overwritten."""
         epochs, ids = request.epochs.tolist(), request.ids.tolist()
         n, m = len(ids), len(request.partners) or len(ids)
-        size = self.transform.size
-        images = _shared_bytes(n, self.channels, size, size)
         labels, crcs, good = [0] * n, [0] * n, [False] * n
         errors: list[str] = []
         for i, (epoch, sample_id) in enumerate(zip(epochs, ids)):
@@ -142,14 +147,6 @@ class TrainSamples(Dataset):
         return keep_mask(self.drop_rates, self.seed, epoch, sample_id)
 
 
-def _shared_bytes(*shape: int) -> torch.Tensor:
-    """uint8, not initialised; in a worker in memory that the training process sees too: nothing is copied there."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
-
-
 @dataclass(frozen=True)
 class Share:
     """How the global batch falls on the ranks: slots [first, last) here, in `micro_steps` micro-batches everywhere."""
@@ -175,37 +172,36 @@ class MicroBatches(Sampler):
         self.order, self.state, self.share, self.mixup = order, state, share, mixup
 
     def __iter__(self) -> Iterator[Request]:
-        state, share = self.state, self.share
+        state = self.state
         while True:
-            for i in range(share.micro_steps):
-                first = share.first + i * share.micro_batch_size
-                yield self._request(state, first, min(first + share.micro_batch_size, share.last))
+            yield from self._step(state)
             state = self.order.next_state(state)
 
-    def _request(self, state: Any, first: int, last: int) -> Request:
-        """Slots [first, last), filled up with padding; none at all where this rank's share has ended before."""
-        slots, n, m = np.arange(first, last), max(0, last - first), self.share.micro_batch_size
-        theirs = slots if self.mixup is None else self.mixup.partners(slots)
-        elsewhere = np.setdiff1d(theirs, slots)  # partners in other micro-batches: their rows come behind all others
-        drawn = self.order.draw(state.epoch, state.position + np.concatenate([slots, elsewhere]))
-        ids = np.insert(drawn.ids, n, np.full(m - n, PADDING))
-        epochs = np.insert(drawn.epochs, n, np.full(m - n, state.epoch))
-        if self.mixup is None:
-            return Request(epochs, ids)
-        rows = np.where(np.isin(theirs, slots), theirs - first, m + np.searchsorted(elsewhere, theirs))
-        mix = self.mixup.weights(state.epoch, state.position, slots)
-        return Request(
-            epochs,
-            ids,
-            np.concatenate([rows, np.arange(n, m)]),
-            np.concatenate([mix, np.ones(m - n, dtype=np.float32)]),
-        )
-
-
-def _start_worker(worker: int) -> None:
-    """Signals for a training reach its whole process group; when to end is the training process' to decide."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    def _step(self, state: Any) -> Iterator[Request]:
+        share, m = self.share, self.share.micro_batch_size
+        mine = np.arange(share.first, share.last)
+        partner = mine if self.mixup is None else self.mixup.partners(mine)
+        slots = np.union1d(mine, partner)
+        drawn = self.order.draw(state.epoch, state.position + slots)  # all at once: one call costs as much as a few
+        for first in range(share.first, share.first + share.micro_steps * m, m):
+            # None at all where this rank's share has ended before
+            own, theirs = mine[first - share.first :][:m], partner[first - share.first :][:m]
+            elsewhere = np.setdiff1d(theirs, own)  # partners in other micro-batches: their rows come behind all others
+            at = np.searchsorted(slots, np.concatenate([own, elsewhere]))
+            n = len(own)
+            ids = np.insert(drawn.ids[at], n, np.full(m - n, PADDING))
+            epochs = np.insert(drawn.epochs[at], n, np.full(m - n, state.epoch))
+            if self.mixup is None:
+                yield Request(epochs, ids)
+                continue
+            rows = np.where(np.isin(theirs, own), theirs - first, m + np.searchsorted(elsewhere, theirs))
+            mix = self.mixup.weights(state.epoch, state.position, own)
+            yield Request(
+                epochs,
+                ids,
+                np.concatenate([rows, np.arange(n, m)]),
+                np.concatenate([mix, np.ones(m - n, dtype=np.float32)]),
+            )
 
 
 def train_batches(
@@ -223,16 +219,10 @@ def train_batches(
         UserError: a store is out of reach, or a shard is damaged; after it, begin anew.
     """
     samples.failure = None
-    loader = DataLoader(
-        samples,
-        batch_size=None,  # a request is a whole micro-batch
-        sampler=MicroBatches(order, order.state, share, mixup),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        prefetch_factor=max(2, share.micro_steps) if num_workers else None,
-    )
-    batches = iter(loader)
+    requests = MicroBatches(order, order.state, share, mixup)
+    rows = share.micro_batch_size + (2 if mixup else 0)
+    ahead, held = max(2, share.micro_steps), 2 * share.micro_steps  # this step's and, while it is fetched, the last's
+    batches = iter(make_loader(samples, requests, rows, held, num_workers, ahead, pin_memory))
     while True:
         step = [next(batches) for _ in range(share.micro_steps)]
         failure = next((b.failure for b in step if b.failure), None)
@@ -261,8 +251,7 @@ def eval_batches(
     epochs = np.zeros(batch_size, dtype=np.int64)
     requests = [Request(epochs, ids[i : i + batch_size]) for i in range(0, padded, batch_size)]
     # Short splits do not pay for starting workers
-    workers = min(num_workers, len(requests) // 4)
-    return DataLoader(samples, batch_size=None, sampler=requests, num_workers=workers, worker_init_fn=_start_worker)
+    return make_loader(samples, requests, batch_size, 2, min(num_workers, len(requests) // 4))
 
 
 def step_digest(position: int, share: Share, batches: list[Batch]) -> int:

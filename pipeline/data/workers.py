@@ -1,0 +1,125 @@
+"""Worker processes that make batches: torch's DataLoader, with images in buffers that are used again and again.
+
+What is measured slow in it is passed by: items are whole batches, images are written where the training process reads
+them, and all else travels by value (as tensors, a few numbers would each take a file descriptor and a handshake).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.popen_fork import Popen
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pipeline.data.buffers import BufferPool, received
+
+
+class BatchMaker(Protocol):
+    """What `make_loader` needs of a data set. A request is a NamedTuple with `ids`, one for each row, and `buffer`; a
+    batch is one whose first field is the images."""
+
+    def image_shape(self, rows: int) -> tuple[int, ...]: ...
+
+    def make(self, request: Any, images: torch.Tensor) -> Any: ...
+
+    def __getitem__(self, request: Any) -> Any: ...
+
+
+def make_loader(
+    samples: BatchMaker, requests: Any, rows: int, held: int, num_workers: int, ahead: int = 2, pin_memory: bool = False
+) -> DataLoader:
+    """One item a request, of at most `rows` rows; `held`: batches that the consumer has at a time; `ahead`: requests
+    that each worker has at a time."""
+    dataset: Any = samples
+    if num_workers:
+        pool = BufferPool(num_workers * ahead + held, math.prod(samples.image_shape(rows)))
+        dataset, requests = _Remote(samples, pool), _Lend(requests, pool)
+    return DataLoader(
+        dataset,
+        batch_size=None,  # a request is a whole batch
+        sampler=requests,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        prefetch_factor=ahead if num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=_Fork() if num_workers else None,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class _Parcel:
+    """A batch on its way from a worker."""
+
+    def __init__(self, batch: Any, images: Any):
+        self.batch, self.images = batch, images
+
+    def __reduce__(self) -> tuple:
+        rest = (x.numpy() if isinstance(x, torch.Tensor) else x for x in self.batch[1:])
+        return _unpack, (type(self.batch), self.images, *rest)
+
+
+def _unpack(kind: Any, images: Any, *rest: Any) -> Any:
+    images = images if isinstance(images, torch.Tensor) else received(*images)
+    return kind(images, *(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in rest))
+
+
+class _Remote(Dataset):
+    """The samples as workers have them."""
+
+    def __init__(self, samples: BatchMaker, pool: BufferPool):
+        self.samples, self.pool = samples, pool
+
+    def __getitem__(self, request: Any) -> _Parcel:
+        shape = self.samples.image_shape(len(request.ids))
+        if request.buffer is None:  # the consumer keeps more batches than there are buffers
+            images = handle = torch.empty(shape, dtype=torch.uint8)
+        else:
+            images = self.pool.tensor(request.buffer, shape)
+            handle = self.pool.handle(request.buffer, shape)
+        return _Parcel(self.samples.make(request, images), handle)
+
+
+class _Lend(Sampler):
+    """Requests, each with a buffer if one is free when it is sent off."""
+
+    def __init__(self, requests: Any, pool: BufferPool):
+        self.requests, self.pool = requests, pool
+
+    def __iter__(self) -> Iterator[Any]:
+        return (r._replace(buffer=self.pool.take()) for r in self.requests)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+
+class _Forked(Popen):
+    """Workers ignore SIGTERM (see `_start_worker`): whoever ends one means it, at the latest when Python exits."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Process(ForkProcess):
+    _Popen = staticmethod(_Forked)  # type: ignore[assignment]
+
+
+class _Fork(ForkContext):
+    """Workers are forked, so that they have the loader's buffers."""
+
+    Process = _Process  # type: ignore[assignment]
+
+
+def _start_worker(worker: int) -> None:
+    """Signals for a training reach its whole process group; when to end is the training process' to decide."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
