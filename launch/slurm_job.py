@@ -97,7 +97,7 @@ class Job:
         if EXIT_SAVED in result.codes or result.signals or self.stopping:
             if self._stop_asked():
                 return self._end(EXIT_SAVED, "stopped")
-            code = self._end(EXIT_SAVED, "saved")
+            code = self._end(EXIT_SAVED, "saved" if EXIT_SAVED in result.codes else "cancelled")
             if "SIGUSR2" in result.signals or time.monotonic() > self._limit - _LIMIT_MARGIN:
                 self._requeue("saved before the time limit or a preemption")
             return code
