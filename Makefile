@@ -15,7 +15,7 @@ ELSEWHERE := slow or gpu or slurm or ray or s3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo install lint test test-fast test-slow test-all bench clean
+.PHONY: help demo install lint test test-fast test-slow test-all test-slurm bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,10 @@ test-fast: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m "$(ELSEWHERE)" $(PYTEST_ARGS)
+
+test-slurm: $(VENV)/.dev ## the tests on a real SLURM, which they start themselves (root; a quarter of an hour)
+	@bash tests/slurm/cluster.sh install
+	$(PYTEST) -m slurm tests/slurm $(PYTEST_ARGS)
 
 bench: $(VENV)/.dev ## side-by-side measurements
 	@set -e; found=; for file in benchmarks/*.py; do \
