@@ -48,6 +48,7 @@ def launch_slurm(
     """
     from launch.profiles import load_profile
     from launch.slurm import Submission
+    from pipeline.checkpoint.place import checkpoint_root
     from pipeline.config import load_config
     from pipeline.run import RunFolder
     from pipeline.takeover import permitted_changes
@@ -62,7 +63,7 @@ def launch_slurm(
     if dry_run:
         typer.echo(submission.script(), nl=False)
         return
-    permitted_changes(RunFolder(loaded.run.dir), loaded, _keys(allow))
+    permitted_changes(RunFolder(loaded.run.dir, checkpoint_root(loaded)), loaded, _keys(allow))
     if inside:
         raise typer.Exit(submission.inside())
     # A run of its own gets today's code; one that goes on keeps what it was submitted with
@@ -74,8 +75,10 @@ def resubmit(
 ) -> None:
     """Submits a run again that was submitted before, with what is changed now."""
     from launch.profiles import parse_profile
-    from launch.slurm import Submission
+    from launch.slurm import Submission, kept_template
+    from pipeline.checkpoint.place import checkpoint_root
     from pipeline.config import load_config
+    from pipeline.run import RunFolder
     from pipeline.takeover import permitted_changes
 
     folder = Path(run).absolute()
@@ -84,11 +87,11 @@ def resubmit(
     settings = [f"run.dir={folder}", *overrides, *typed]
     loaded = load_config(str(folder / "launch" / "config.yaml"), settings).config
     profile = parse_profile({k: v for k, v in old["profile"].items() if v})
-    submission = Submission(loaded, profile, allow, old["chain"], old["then_eval"])
+    submission = Submission(loaded, profile, allow, old["chain"], old["then_eval"], kept_template(folder))
     if dry_run:
         typer.echo(submission.script(), nl=False)
         return
-    permitted_changes(submission.run, loaded, _keys(allow))
+    permitted_changes(RunFolder(folder, checkpoint_root(loaded)), loaded, _keys(allow))
     _report(submission, submission.submit(by="resume", refresh=refresh))
 
 

@@ -93,6 +93,14 @@ class Agent:
         """Exit codes of the ranks that have ended."""
         return [int(line) for line in self._outcome.read_text().split()] if self._outcome.exists() else []
 
+    def ranks_alive(self) -> bool:
+        with open(f"{self._outcome}.alive", "a+") as f:
+            try:
+                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return True
+        return False
+
     def ended(self, within: float) -> bool:
         try:
             self._process.wait(within)
@@ -115,18 +123,13 @@ class Agent:
     def _wait_for_ranks(self) -> None:
         """At once, unless torchrun was killed or left early."""
         deadline = time.monotonic() + SAVE_SECONDS
-        with open(f"{self._outcome}.alive", "a+") as f:
-            while True:
-                try:
-                    fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                except (BlockingIOError, PermissionError):
-                    if time.monotonic() > deadline:
-                        raise UserError(
-                            "torchrun is gone, but its training processes do not end; the run folder's .lock names "
-                            "one of them: kill them, then `mixer resume`"
-                        ) from None
-                    time.sleep(0.1)
+        while self.ranks_alive():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    "torchrun is gone, but its training processes do not end; the run folder's .lock names "
+                    "one of them: kill them, then `mixer resume`"
+                )
+            time.sleep(0.1)
 
 
 def torchrun_arguments(nproc: int, *more: str) -> list[str]:

@@ -24,6 +24,7 @@ from launch.snapshot import freeze
 from pipeline.config import Config, to_yaml
 from pipeline.run import RunFolder, read_lines, replace_file
 
+KEPT_TEMPLATE = "launch/template.j2"  # the user's own, for `mixer resume`
 _ALIVE = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "RESIZING", "REQUEUE_HOLD")
 
 
@@ -155,6 +156,8 @@ class Submission:
         frozen = freeze(run.path, refresh=refresh)
         text = to_yaml(self.config)
         replace_file(run.path / "launch" / "config.yaml", text)
+        if self.template and self.template != kept_template(run.path):
+            replace_file(run.path / KEPT_TEMPLATE, self.template.read_text())
         if not run.config.exists():
             replace_file(run.config, text)
         launch = self.config.launch
@@ -193,6 +196,12 @@ class Submission:
         command = [self.host_python, "-m", "launch.slurm_job", "train", str(self.run.path)]
         sys.stdout.flush()
         os.execvpe(command[0], command, env)
+
+
+def kept_template(run: Path) -> Path | None:
+    """The template of one's own that a run was submitted with."""
+    path = run / KEPT_TEMPLATE
+    return path if path.exists() else None
 
 
 def refuse_running(run: RunFolder) -> None:

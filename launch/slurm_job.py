@@ -40,6 +40,7 @@ class Result:
 
     codes: list[int] = field(default_factory=list)  # of training processes
     signals: set[str] = field(default_factory=set)
+    asked: bool = False  # every node was signalled; where one was not, srun ended the others for its sake
     srun: int = 0
 
 
@@ -94,7 +95,7 @@ class Job:
         """The job's exit code, or None where the training is to be started again in this job."""
         if result.srun == 0 and self.run.finished.exists():
             return self._end(0, "finished")
-        if EXIT_SAVED in result.codes or result.signals or self.stopping:
+        if EXIT_SAVED in result.codes or result.asked or self.stopping:
             if self._stop_asked():
                 return self._end(EXIT_SAVED, "stopped")
             code = self._end(EXIT_SAVED, "saved" if EXIT_SAVED in result.codes else "cancelled")
@@ -227,9 +228,11 @@ class Job:
 
     def _read(self, outcomes: Path, srun: int) -> Result:
         result = Result(srun=srun)
-        for outcome in _outcomes(outcomes):
+        ended = _outcomes(outcomes)
+        for outcome in ended:
             result.codes += outcome["codes"]
             result.signals |= set(outcome["signals"])
+        result.asked = bool(ended) and all(outcome["signals"] for outcome in ended)
         return result
 
     # -- again --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from pipeline.run import RunFolder
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 _ALL_HAVE_SAID_IT = 10.0  # seconds for the other ranks to end by themselves after an error that they all meet
+_NOBODY_STARTS = 45.0  # more than a rendezvous takes
 _BEFORE_REJOINING = 5.0
 
 
@@ -101,11 +102,18 @@ class Host:
             "MIXER_MAX_FRUITLESS": str(self.max_restarts),
         }
         self._agent = Agent(self.arguments, self.command, self.nproc, environment)
+        idle_since: float | None = None
         while not self._agent.ended(within=1.0):
-            # torchrun would start again what a restart cannot mend
-            if UserError.exit_code in self._agent.codes():
+            last, now = self._agent.codes()[-1:], time.monotonic()
+            if last == [UserError.exit_code]:  # torchrun would start again what a restart cannot mend
                 if not self._agent.ended(within=_ALL_HAVE_SAID_IT):
                     self._agent.send_signal(signal.SIGTERM)
+                break
+            # All have saved because another host left; torchrun takes that for the end and waits for that host
+            idle = last == [EXIT_SAVED] and not self._agent.ranks_alive()
+            idle_since = (idle_since or now) if idle else None
+            if idle_since and now - idle_since > _NOBODY_STARTS:
+                self._agent.send_signal(signal.SIGTERM)
                 break
         return self._agent.wait()
 
