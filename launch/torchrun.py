@@ -113,7 +113,7 @@ class Host:
             idle = last == [EXIT_SAVED] and not self._agent.ranks_alive()
             idle_since = (idle_since or now) if idle else None
             if idle_since and now - idle_since > _NOBODY_STARTS:
-                self._agent.send_signal(signal.SIGTERM)
+                self._agent.send_signal(signal.SIGKILL)  # it would hear of nothing else while it waits
                 break
         return self._agent.wait()
 

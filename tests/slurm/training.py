@@ -81,13 +81,6 @@ class Training:
         return job_ids(self.mixer("resume", str(self.path), *arguments))
 
     def stop(self, *options: str) -> None:
-        if subprocess.run(
-            [sys.executable, "-m", "launch.cli", "stop", "--help"], capture_output=True, cwd=ROOT
-        ).returncode:
-            (self.path / "STOP").write_text("now" if options else "save")
-            if options:
-                subprocess.run(["scancel", *self.alive()], env=self.environment)
-            return
         self.mixer("stop", str(self.path), *options)
 
     # -- what can be seen -----------------------------------------------------------------------------------------
