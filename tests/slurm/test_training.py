@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,11 +65,7 @@ def test_time_limit(slurm, digits, undisturbed, tmp_path, was_down):
         # The checkout goes on living, and what is in it now would not even start
         (checkout / "pipeline" / "__init__.py").write_text("raise SystemExit('the checkout, not what was submitted')\n")
         training.wait_until(lambda: training.jobs("requeued"))
-        # One more limit of a minute would only take time
-        set_limit = ["scontrol", "update", f"JobId={job}", "TimeLimit=30"]
-        training.wait_until(
-            lambda: subprocess.run(set_limit, env=training.environment, capture_output=True).returncode == 0
-        )
+        training.set_limit(job)  # one more limit of a minute would only take time
         training.wait_until(training.run.finished.exists, 400)
         (checkout / "pipeline" / "__init__.py").write_text("")
         training.wait_until(lambda: not training.alive(), 60)

@@ -83,6 +83,11 @@ class Training:
     def stop(self, *options: str) -> None:
         self.mixer("stop", str(self.path), *options)
 
+    def set_limit(self, job: str, minutes: int = 30) -> None:
+        """Another time limit for a job that waits; as soon as SLURM takes it."""
+        command = ["scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}"]
+        self.wait_until(lambda: subprocess.run(command, env=self.environment, capture_output=True).returncode == 0, 60)
+
     # -- what can be seen -----------------------------------------------------------------------------------------
 
     def alive(self) -> list[str]:
