@@ -6,6 +6,7 @@ Needs root and Debian's slurmctld, slurmd, slurm-client, munge and iproute2 (`cl
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,12 @@ class SlurmCluster:
         while self.states(job):
             assert time.monotonic() < end, self.states(job)
             time.sleep(0.2)
+
+    def set(self, key: str, value: str | int) -> None:
+        """Changes a line of slurm.conf while the cluster runs."""
+        conf = self.folder / "etc" / "slurm.conf"
+        conf.write_text(re.sub(rf"(?m)^{key}=.*$", f"{key}={value}", conf.read_text()))
+        subprocess.run(["scontrol", "reconfigure"], env=self.environment, check=True, capture_output=True)
 
     def wait_for_nodes(self, seconds: float = 60) -> None:
         """Returns when all nodes are idle."""

@@ -12,6 +12,7 @@ from training import Training, assert_every_step_once, world_sizes
 
 from launch.slurm import quote_option
 from pipeline.checkpoint.manager import committed_steps
+from pipeline.run import read_lines
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -108,20 +109,31 @@ def test_unfit_nodes_are_left_out(slurm, digits, tmp_path):
         slurm("exec", 2, "umount", metadata)
 
 
-def test_a_node_out_of_reach(slurm, digits, tmp_path, was_down):
-    """The network parts one node from the others: the watchdog ends the step, and the training goes on without it."""
+@pytest.mark.parametrize("notices", ["slurm", "watchdog"])
+def test_a_node_out_of_reach(slurm, digits, tmp_path, was_down, notices):
+    """The network parts one node from the others. SLURM gives it up; or, where SLURM is slow to (five minutes by
+    default), the watchdog ends the step, the preflight names the node and the next job does without it."""
+    if notices == "watchdog":
+        slurm.set("SlurmdTimeout", 150)
     with Training(slurm, tmp_path / "run", digits, stretch=0.2) as training:
         settings = ["launch.nodes=2-3", "launch.nproc=1", "health.timeout=20 s"]
-        training.launch(*settings, options=["--time", "30"])
-        training.wait_for_steps(attempt=0, steps=6)
+        [job] = training.launch(*settings, options=["--time", "30"])
+        training.wait_until(lambda: any(e["event"] == "save" for e in read_lines(training.run.events)))
         host = training.jobs("started")[-1]["nodes"][-1]
         slurm("partition", host.removeprefix("node"))
         try:
             training.wait_for_steps(attempt=1, steps=1, seconds=300)
-            was_down("network: one node out of reach", training.downtimes())
+            was_down(f"network: a node out of reach, the {notices} notices", training.downtimes())
         finally:
             slurm("heal", host.removeprefix("node"))
+            slurm.set("SlurmdTimeout", 6)
         training.wait_for_end()
+        if notices == "watchdog":
+            assert training.jobs("preflight")[1]["failed"] == {host: ["no answer"]}
+            assert training.jobs("submitted")[1]["exclude"] == host
+        else:
+            assert {line["job"] for line in training.jobs("started")} == {job}
+        assert host not in training.jobs("started")[-1]["nodes"]
         assert_every_step_once(training.path)
         training.mixer("audit", str(training.path))
     slurm.wait_for_nodes()
