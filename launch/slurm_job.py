@@ -29,6 +29,7 @@ from pipeline.run import RunFolder, read_lines
 
 EXIT_SAVED, EXIT_HUNG = 75, 76
 _PREFLIGHT_SECONDS = 300.0
+_SILENT = "no answer"
 _STEP_GRACE = 75.0  # more than srun's --wait: after that srun itself hangs, for instance on a node out of reach
 _LOCK_PATIENCE = 120
 _LIMIT_MARGIN = 15.0
@@ -165,7 +166,7 @@ class Job:
             return {}
         failed = compare(reports, skew, self.plan["versions"])
         silent = [node for node in self.nodes if node not in reports]
-        failed |= {node: ["no answer"] for node in silent}
+        failed |= {node: [_SILENT] for node in silent}
         seconds = round(time.monotonic() - started, 1)
         book(self.run.path, "preflight", self.id, restart=self.restart, attempt=attempt, ok=not failed, failed=failed,
              seconds=seconds)  # fmt: skip
@@ -177,11 +178,14 @@ class Job:
 
     def _leave_out(self, failed: dict[str, list[str]]) -> int:
         """Another job without the nodes that failed; where all did, the fault is not theirs."""
-        if len(failed) == len(self.nodes) and any(p != ["no answer"] for p in failed.values()):
+        everywhere = len(failed) == len(self.nodes)
+        if everywhere and any(problems != [_SILENT] for problems in failed.values()):
             return self._end(1, "unfit", "every node fails the preflight: see above")
+        checks = [line for line in booked(self.run.path) if line["event"] == "preflight"]
+        if everywhere and len(checks) > self.plan["max_restarts"] and not any(line["ok"] for line in checks):
+            return self._end(1, "unfit", "no node has ever answered: can srun start `python3 -m launch.preflight`?")
         code = self._end(EXIT_SAVED, "unfit", f"going on without {', '.join(failed)}")
-        bad = set() if len(failed) == len(self.nodes) else set(failed)
-        return code if self._requeue("unfit: " + ", ".join(failed), bad) else 1
+        return code if self._requeue("unfit: " + ", ".join(failed), set() if everywhere else set(failed)) else 1
 
     # -- the training processes -------------------------------------------------------------------------------------
 
