@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
+from launch.failure import first_failure
 from launch.jobs import book, booked, expand, seconds_of, submit_eval, submit_script
 from launch.preflight import MARK, compare
-from pipeline.logs import LOGS
+from pipeline.logs import LOGS, StartLogs
 from pipeline.run import RunFolder, read_lines
 
 EXIT_SAVED, EXIT_HUNG = 75, 76
@@ -88,8 +89,9 @@ class Job:
             attempt += 1
             fruitless = 0 if self._saved_step() > before else fruitless + 1
             if fruitless > self.plan["max_restarts"]:
-                return self._end(1, "died", f"the training processes died {fruitless} times without a new checkpoint")
-            say(f"a training process died; again from step {max(self._saved_step(), 0)} "
+                said = f"{self._cause()}; {fruitless} starts without a new checkpoint in between"
+                return self._end(1, "died", f"{said}; `mixer why {self.run.path}` shows more")
+            say(f"{self._cause()}; again from step {max(self._saved_step(), 0)} "
                 f"({fruitless} of launch.max_restarts={self.plan['max_restarts']} without progress)")  # fmt: skip
 
     def _verdict(self, result: Result) -> int | None:
@@ -106,8 +108,12 @@ class Job:
         if self._stop_asked():  # --now
             return self._end(EXIT_SAVED, "stopped")
         if UserError.exit_code in result.codes:
-            return self._end(1, "error", f"see {self.logs}, or `mixer why {self.run.path}`")
+            return self._end(1, "error", f"{self._cause()}; `mixer why {self.run.path}` shows more")
         return None
+
+    def _cause(self) -> str:
+        failure = first_failure(StartLogs(self.logs))
+        return failure.headline if failure else "a training process died"
 
     def _end(self, code: int, why: str, message: str = "") -> int:
         book(self.run.path, "ended", self.id, restart=self.restart, code=code, why=why)
