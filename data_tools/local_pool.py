@@ -55,10 +55,7 @@ class LocalPool:
                 losses = losses + 1 if len(self._missing) == before else 1
                 self._remove_leftovers()
                 if losses >= _MAX_LOSSES:
-                    raise UserError(
-                        f"worker processes died {losses} times in a row (out of memory, or an image that "
-                        f"crashes its decoder); they were at: {self._suspects()}. Try fewer --workers"
-                    ) from e
+                    raise UserError(self._why(losses)) from e
 
     def _run_pool(self) -> None:
         queue = iter(sorted(self._missing))
@@ -99,8 +96,8 @@ class LocalPool:
     def _remove_leftovers(self) -> None:
         self._tasks[0].output.remove_leftovers([self._tasks[n].name for n in self._missing])
 
-    def _suspects(self) -> str:
-        """The images that were being read when the workers died."""
+    def _why(self, losses: int) -> str:
+        """What to tell of workers that keep dying: the images that they were at, if they got so far."""
         paths: list[str] = []
         for number in self._running.values():
             done = self._cells[3 * number]
@@ -108,7 +105,15 @@ class LocalPool:
                 pack = self._tasks[number].pack
                 slice_ = read_slice(pack.out / PLAN_FOLDER, pack.shard)
                 paths.append(repr(slice_[min(done, len(slice_) - 1)].path))
-        return ", ".join(paths[:8]) or "their start"
+        if not paths:
+            return (
+                f"worker processes died {losses} times in a row at their start (out of memory? A script that calls "
+                'this needs its `if __name__ == "__main__":`). Try --workers 1'
+            )
+        return (
+            f"worker processes died {losses} times in a row (out of memory, or an image that crashes its decoder); "
+            f"they were at: {', '.join(paths[:8])}. Try fewer --workers"
+        )
 
 
 # In a worker: the shared memory that `LocalPool` made (ctypes arrays have no useful type).

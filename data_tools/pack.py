@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import xxhash
 
 from data_tools.checksum import crc32
@@ -79,6 +80,7 @@ def pack_shard(task: PackTask, progress: Progress | None = None) -> PackedShard:
     an image is not what was planned (its size or change time differs), OSError for trouble with the disk. Either way
     nothing of the shard is visible.
     """
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps up to 40 MB for these few small reads
     slice_ = iter_slice(task.out / PLAN_FOLDER, task.shard, task.inputs.prefixes)
     progress = progress or (lambda *_: True)
     rows: list[IndexRow] = []

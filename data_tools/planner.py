@@ -46,7 +46,7 @@ from data_tools.storage import write_atomic
 from data_tools.tables import pc, save_table
 
 CELL_ROWS = 1 << 21
-SLICE_GROUP_ROWS = 1 << 14  # of a partition: what a packing task reads at least
+SLICE_GROUP_ROWS = 1 << 12  # of a partition: what a packing task reads at least
 _HASHES_AT_ONCE = 1 << 28  # samples whose key hashes are compared in one pass: 2 GiB
 
 _RUN_COLUMNS = [

@@ -49,5 +49,5 @@ def read_rows(path: Path, start: int, length: int, columns: list[str] | None = N
         last = min(int(np.searchsorted(ends, start + length)), len(groups) - 1)
         if first >= len(groups):
             return file.schema_arrow.empty_table()
-        table = file.read_row_groups(list(range(first, last + 1)), columns=columns)
+        table = file.read_row_groups(list(range(first, last + 1)), columns=columns, use_threads=False)
         return table.slice(start - (int(ends[first - 1]) if first else 0), length)

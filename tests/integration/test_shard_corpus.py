@@ -21,7 +21,7 @@ from corpora import jpeg, make_corpus
 from PIL import Image
 
 from data_tools import draft, engines
-from data_tools.engines import ShardOptions, plan_corpus, shard_corpus
+from data_tools.engines import ShardOptions, plan_corpus, plan_into, shard_corpus
 from data_tools.errors import UserError
 from data_tools.finalize import TooManyBad
 from data_tools.manifest import DatasetManifest, load_index
@@ -271,6 +271,17 @@ def cmdline(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
 
 
+def test_a_script_without_guard_is_told_about_it(larger, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom data_tools.engines import ShardOptions, shard_corpus\n"
+        "shard_corpus(ShardOptions(sys.argv[1], sys.argv[2], max_samples=10, workers=2))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    run = subprocess.run([sys.executable, script, larger, tmp_path / "out"], env=env, capture_output=True, text=True)
+    assert run.returncode and "at their start" in run.stderr and '`if __name__ == "__main__":`' in run.stderr
+
+
 def test_disk_full_ends_with_a_message_and_goes_on_later(larger, undisturbed, tmp_path):
     out = tmp_path / "out"
 
@@ -284,6 +295,25 @@ def test_disk_full_ends_with_a_message_and_goes_on_later(larger, undisturbed, tm
     assert not list(out.glob("*.tar")) and not list(out.glob(".*"))
     assert start(*args).wait(120) == 0
     assert contents(out) == contents(undisturbed)
+
+
+@pytest.mark.slow
+def test_memory_does_not_depend_on_the_size_of_the_corpus(tmp_path):
+    code = (
+        "import sys; from data_tools.engines import *; run_part(Output.at(sys.argv[1]), 0, 1, 1); "
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
+    peaks, images = [], [jpeg(i) for i in range(20)]
+    for count in (2_000, 20_000):
+        source, out = tmp_path / f"in{count}" / "a", tmp_path / f"out{count}"
+        source.mkdir(parents=True)
+        for i in range(count):
+            (source / f"{i}.jpg").write_bytes(images[i % 20])
+        plan_into(ShardOptions(source.parent, out, max_samples=500))
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        said = subprocess.run([sys.executable, "-c", code, out], env=env, capture_output=True, text=True, check=True)
+        peaks.append(int(said.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 12, peaks  # MB; before it was cared for: 40
 
 
 def test_too_little_space_is_said_before_packing(corpus, tmp_path, monkeypatch):
