@@ -326,7 +326,7 @@ def _check_space(output: Output, tasks: list[Task], workers: int) -> None:
     usage = shutil.disk_usage(output.folder)
     if usage.total and usage.free < needed:
         raise UserError(
-            f"{output.folder}: {needed / 1e9:,.2f} GB are to be written, {usage.free / 1e9:,.2f} GB are free"
+            f"{output.folder}: {needed / 1e6:,.0f} MB are to be written, {usage.free / 1e6:,.0f} MB are free"
         )
 
 
