@@ -2,6 +2,10 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -92,3 +96,40 @@ def test_contents_are_hashed_on_ray_as_well(tmp_path):
     run("shard", corpus, tmp_path / "ray", *options, "--engine", "ray")
     assert set_files(tmp_path / "ray") == set_files(tmp_path / "local")
     assert set_files(tmp_path / "ray")["duplicates.jsonl"].count(b"\n") == 4400
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A Ray that was there before; yields its address."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [ray, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--block",
+               "--node-ip-address=127.0.0.1", f"--temp-dir={tempfile.mkdtemp(prefix='r-', dir='/tmp')}",
+               "--object-store-memory=100000000", "--disable-usage-stats"]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with open(tmp_path / "head.log", "wb") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+    try:
+        wait_until(lambda: reachable(port), head, 60)
+        yield f"127.0.0.1:{port}"
+    finally:
+        head.terminate()  # with --block it takes the others along
+        head.wait(60)
+
+
+def reachable(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_cluster_that_is_there_is_joined_and_stays(cluster, tmp_path):
+    corpus = make_corpus(tmp_path / "in", 60)
+    run("shard", corpus, tmp_path / "local", "--max-samples", 10)
+    for number in (1, 2):
+        run("shard", corpus, tmp_path / f"out{number}", "--max-samples", 10, "--engine", "ray",
+            env={"RAY_ADDRESS": cluster})  # fmt: skip
+        assert set_files(tmp_path / f"out{number}") == set_files(tmp_path / "local")
+    error = run("shard", corpus, tmp_path / "no", "--engine", "ray", env={"RAY_ADDRESS": "127.0.0.1:1"}, code=1)
+    assert "cannot reach Ray at 127.0.0.1:1" in error and "Traceback" not in error

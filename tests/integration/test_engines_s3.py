@@ -162,6 +162,8 @@ def test_tars_of_a_bucket_that_is_only_read_are_indexed_elsewhere(corpus, server
     there = open_source(str(out), "train", image_size=32, num_classes=None, access=access)
     here = open_source(str(tmp_path / "made"), "train", image_size=32, num_classes=None)
     assert [there.read(i, 3).label for i in range(0, 400, 40)] == [here.read(i, 3).label for i in range(0, 400, 40)]
+    error = run("shard", corpus, tmp_path / "none", "--dedupe-against", out, *options, code=1)
+    assert "all are duplicates or held out" in error  # read from the bucket through the local index
     error = run("data", "index", "s3://sets/other", "--out", out, *options, code=1)
     assert "no .tar files" in error and "Traceback" not in error
 

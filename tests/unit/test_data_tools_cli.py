@@ -1,5 +1,6 @@
 """The thin commands over the sharding functions."""
 
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,9 @@ import simplejpeg
 import typer
 from typer.testing import CliRunner
 
+from data_tools import progress
 from data_tools.cli import data_app, format_bytes, parse_bad, parse_size, shard
+from data_tools.progress import Progress, ProgressPrinter
 
 app = typer.Typer()
 app.command()(shard)
@@ -74,3 +77,22 @@ def test_importing_the_commands_is_light():
     env = {"PYTHONPATH": ":".join(p for p in sys.path if p)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert run.stdout.strip() == "set()"
+
+
+def test_progress_on_a_terminal_and_in_a_log(monkeypatch, capsys):
+    at = [Progress(n, 400, 100, n // 100, n * 1000, n // 100, 4) for n in (100, 250, 400)]
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with ProgressPrinter() as printer:
+        for now in at:
+            printer(now)
+    log = capsys.readouterr().err
+    assert "going on: 100 of 400 images were done before" in log
+    assert re.search(r"250/400 images \(62%\), shard 2/4, [\d,]+ img/s, [\d,.]+ MB/s, 2 bad, [\d,]+ s left", log)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with ProgressPrinter() as printer:
+        for now in at:
+            printer(now)
+    bar = capsys.readouterr().err
+    assert all(text in bar for text in ("sharding", "400/400", "img/s", "MB/s", "bad", "ETA"))
