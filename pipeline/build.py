@@ -29,6 +29,7 @@ from pipeline.data.source import EVAL_SPLITS, Access, SampleSource, TarSource, o
 from pipeline.data.store import is_url
 from pipeline.duration import Duration
 from pipeline.ema import WeightAverage
+from pipeline.fewshot import FewShot
 from pipeline.losses import Loss, make_loss
 from pipeline.micro_batch import find_micro_batch
 from pipeline.model import create_model, initial_values, model_cost
@@ -104,6 +105,7 @@ class Parts:
     train_flops: float = 0.0  # per image
     peak_flops: float | None = None
     patch_size: int | None = None
+    fewshot: FewShot | None = None
 
     def blank_batch(self) -> Batch:
         """A micro-batch of padding alone, in the shape of a real one."""
@@ -344,6 +346,7 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
         cost.training_flops,
         None if on_cpu else peak_flops(torch.cuda.get_device_name(), c.train.precision),
         patch_size(config),
+        open_fewshot(config, val_source),
     )
 
 
@@ -499,6 +502,27 @@ def open_val(
     if isinstance(source, TarSource):
         source.sequential = True
     return source
+
+
+def open_fewshot(config: Config, val: SampleSource | None) -> FewShot | None:
+    """The probe of eval.fewshot. Raises UserError where it has one split only, or the run evaluates nothing."""
+    path, m = config.eval.fewshot, config.model
+    if path is None:
+        return None
+    if val is None:
+        raise UserError("eval.fewshot belongs to the evaluations, and this run has no val split: give it data.val")
+    splits = (("train",), EVAL_SPLITS)
+    access = Access.of(config)
+    opened = (open_source(path, *s, image_size=m.image_size, num_classes=m.num_classes, access=access) for s in splits)
+    return FewShot.of(
+        *opened,
+        image_size=m.image_size,
+        channels=m.in_chans,
+        order=permutation(config),
+        shots=config.eval.fewshot_shots,
+        batch_size=config.eval.batch_size or 64,
+        num_workers=config.data.num_workers,
+    )
 
 
 def eval_samples(config: Config, source: SampleSource, classes: int) -> TrainSamples:

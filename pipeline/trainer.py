@@ -11,7 +11,7 @@ import contextlib
 import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from pipeline.parallel.engine import StepStats
 from pipeline.pulse import Pulse
 from pipeline.run import read_lines
 from pipeline.stop import StopFlag
+from pipeline.weights.trained import features_of
 
 Outcome = Literal["finished", "stopped"]
 RETRY_SAVE_SECONDS = 60.0
@@ -524,21 +525,30 @@ class Trainer:
                 result: EvalResult = evaluate(
                     self.engine.predict, batches, self.parts.loss_fn, self.world, on_batch=self._wait_for_data
                 )
+                few = self._few_shot(self._wait_for_data)
             except UserError as e:  # training needs no evaluation; if its data is out of reach too, it says so itself
                 if self.world.is_main:
                     self.run.record("eval_failed", attempt=self.attempt, step=self.step, why=str(e))
                     self._display.say(f"warning: no evaluation at step {self.step}: {e}")
                 return
-        self.metrics, self.evaluated_at = result.to_dict(), self.step
+        self.metrics, self.evaluated_at = result.to_dict() | few, self.step
         if self.world.is_main and self._writer:
-            self._writer.scalars(self.step, result.to_dict(), split="val")
-            self.run.record("eval", attempt=self.attempt, step=self.step, **result.to_dict())
+            self._writer.scalars(self.step, self.metrics, split="val")
+            self.run.record("eval", attempt=self.attempt, step=self.step, **self.metrics)
+            shots = "".join(f", {name.removeprefix('fewshot_')}-shot {top1:.2%}" for name, top1 in few.items())
             self._display.say(
                 f"step {self.step}: val top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
-                f"loss {result.loss:.4f} on {result.samples:,} samples"
+                f"loss {result.loss:.4f} on {result.samples:,} samples{shots}"
             )
         # not computation of the loop: leave it out of img/s
         self._clock.since += time.perf_counter() - started
+
+    def _few_shot(self, beat: Callable[[], None]) -> dict[str, float]:
+        """`fewshot_5` and the like: top-1 of probes on the features as they are now."""
+        if self.parts.fewshot is None:
+            return {}
+        result = self.parts.fewshot.run(features_of(self.engine.model, self.engine.predict), self.world, beat)
+        return {f"fewshot_{n}": result.mean(n) for n in result.shots()}
 
     def _is_best(self) -> bool:
         """True right after an evaluation that beat every saved checkpoint's: such a step is worth keeping."""

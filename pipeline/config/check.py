@@ -219,6 +219,10 @@ def _cross_problems(config: Config) -> Iterator[str]:
     group = config.augment.mixup_group
     if group is not None and total % group:
         yield f"augment.mixup_group ({group}) does not divide train.global_batch_size ({total}); choose a divisor"
+    if config.eval.fewshot is not None and train.compile == "model":
+        yield "eval.fewshot looks into the model, which train.compile=model does not allow: write block, or null for it"
+    if not config.eval.fewshot_shots or min(config.eval.fewshot_shots) < 1:
+        yield f"eval.fewshot_shots: {config.eval.fewshot_shots} must be numbers of images, each at least 1"
     if data.val == "none" and config.eval.every is not None:
         yield "eval.every is set but data.val is none: give data.val a data set, or write eval.every=null"
     if train.offload == "optimizer" and train.strategy == "ddp":

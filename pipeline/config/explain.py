@@ -68,7 +68,7 @@ def _expected(key: str) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     if get_origin(hint) is list:
         (item,) = get_args(hint)
-        return {float: "a list of numbers", str: "a list of texts"}[item]
+        return {int: "a list of whole numbers", float: "a list of numbers", str: "a list of texts"}[item]
     if hint is Any:
         return "a data set's folder or a list of {path, weight}"
     return " or ".join(names[t] for t in alternatives(hint))

@@ -123,6 +123,8 @@ class EvalConfig:
     crop_fraction: float = 0.875  # of the resized image's shorter side; 1 keeps all of a square image
     resize: str = "short"  # the shorter side, keeping the aspect ratio; square: both sides
     method: str = "bilinear"  # antialiased; area: as big_vision evaluates
+    fewshot: str | None = None  # a set with a train and a test split: the few-shot probe, at every evaluation
+    fewshot_shots: list[int] = field(default_factory=lambda: [5])  # images of each class; the mean of three choices
 
 
 @dataclass

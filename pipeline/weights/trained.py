@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +206,18 @@ def head_input(model: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+def features_of(model: nn.Module, predict: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+    """From a way to logits (an engine's `predict`) to one to features, under any wrapper."""
+    inner = getattr(model, "module", model)
+
+    def features(batch: Batch) -> Tensor:
+        with head_input(inner) as seen:
+            predict(batch)
+        return seen[0].float().flatten(1)
+
+    return features
 
 
 def _shard(model: Any, world: World, bf16: bool) -> None:

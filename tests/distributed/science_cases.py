@@ -20,7 +20,7 @@ from pipeline.model.timm_wrap import wrap
 from pipeline.optim import param_groups
 from pipeline.parallel.engine import EngineOptions, make_engine
 from pipeline.parallel.world import World
-from pipeline.weights.trained import TrainedModel
+from pipeline.weights.trained import TrainedModel, features_of
 
 IMAGE, CLASSES = 15, 10
 
@@ -178,3 +178,17 @@ def timm_go_on(world: World, name: str, strategy: str, source: str) -> list[floa
     losses = [s.step(2), s.step(3)]
     s.close()
     return losses
+
+
+def fewshot_in_training(world: World, strategy: str) -> dict[Any, float]:
+    """The probe under a training engine, as the trainer runs it."""
+    import engine_cases
+
+    sources = [
+        SyntheticSource(s, image_size=IMAGE, num_classes=CLASSES, samples=n) for s, n in (("train", 90), ("val", 53))
+    ]
+    probe = FewShot.of(*sources, image_size=IMAGE, channels=3, shots=[2], seeds=[0], batch_size=7)
+    with engine_cases.session(world, engine_cases.Spec(strategy)) as s:
+        s.load(None)
+        s.step(0)
+        return probe.run(features_of(s.engine.model, s.engine.predict), world).top1

@@ -41,3 +41,9 @@ def test_few_shot_accuracies_are_those_of_one_rank(ranks, run, size, strategy):
 def test_logits_are_those_of_one_rank(ranks, run, strategy):
     (alone,) = ranks(1).run(cases.logits, str(run), "ddp")
     assert torch.allclose(torch.cat(ranks(3).run(cases.logits, str(run), strategy)), alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3", pytest.param("zero1", marks=pytest.mark.slow)])
+def test_the_probe_during_training_sees_the_same_features(ranks, strategy):
+    (alone,) = ranks(1).run(cases.fewshot_in_training, "ddp")
+    assert all(top1 == alone for top1 in ranks(3).run(cases.fewshot_in_training, strategy))

@@ -14,6 +14,7 @@ from data_tools.errors import UserError
 from pipeline.cli_eval import run_fewshot
 from pipeline.data.source import open_source
 from pipeline.fewshot import BIAS, L2, FewShot, fit, pick
+from pipeline.run import read_lines
 from pipeline.weights.trained import TrainedModel
 
 
@@ -115,3 +116,15 @@ def test_testing_on_what_was_fitted_is_refused(run, tmp_path):
 
 def test_the_constant_feature_is_the_originals():
     assert (BIAS, L2) == (100.0, 1024.0)
+
+
+def test_a_training_can_probe_at_every_evaluation(tmp_path, capsys):
+    colours(tmp_path / "set", "train", 4)
+    colours(tmp_path / "set", "test", 5)
+    few = [f"eval.fewshot={tmp_path / 'set'}", "eval.fewshot_shots=[1,3]", "data.val=synthetic", "eval.batch_size=500"]
+    assert train(tmp_path / "run", *few, "train.duration=2 steps", "eval.every=1 steps") == 0
+    scores = [m for m in read_lines(tmp_path / "run" / "metrics.jsonl") if m["split"] == "val"]
+    assert len(scores) == 2 and all(0 <= m["fewshot_1"] <= 1 and "fewshot_3" in m for m in scores)
+    assert "3-shot" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no val split"):
+        train(tmp_path / "other", few[0], "data.val=none")
