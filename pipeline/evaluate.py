@@ -70,12 +70,17 @@ def evaluate(
             ]
         )
         on_batch()
-    failure = next((f for f in world.gather(failure) if f), None)
-    if failure:
-        raise failure
+    raise_together(failure, world)
     top1, top5, loss, samples, bad = world.sum(total.tolist())
     count = max(samples, 1.0)
     return EvalResult(top1 / count, top5 / count, loss / count, int(samples), int(bad))
+
+
+def raise_together(failure: UserError | None, world: World) -> None:
+    """Raises on every rank what kept data away from one of them. Collective."""
+    failure = next((f for f in world.gather(failure) if f), None)
+    if failure:
+        raise failure
 
 
 def _columns(logits: Tensor) -> Tensor:

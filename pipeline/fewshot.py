@@ -25,6 +25,7 @@ from data_tools.errors import UserError
 from pipeline.data.augment import EvalTransform
 from pipeline.data.loader import Batch, TrainSamples, eval_batches
 from pipeline.data.source import SampleSource
+from pipeline.evaluate import raise_together
 from pipeline.parallel.world import World
 
 BIAS = 100.0  # the constant feature: large, so that the penalty hardly holds its weight back
@@ -129,7 +130,9 @@ class FewShot:
         weight = torch.cat([p.weight for p in probes], 1)
         bias = torch.cat([p.bias for p in probes])
         totals = torch.zeros(len(probes) + 1, dtype=torch.float64, device=world.device)
+        failure = None
         for batch in self._batches(self.test, None, world):
+            failure = failure or batch.failure
             scores = features(batch).double() @ weight + bias
             guesses = scores.view(len(scores), len(probes), -1).argmax(-1)
             used = batch.weights.to(world.device, torch.float64)
@@ -137,6 +140,7 @@ class FewShot:
             totals[:-1] += (right * used[:, None]).sum(0)
             totals[-1] += used.sum()
             on_batch()
+        raise_together(failure, world)
         *right, samples = world.sum(totals.tolist())
         return FewShotResult({k: n / max(samples, 1.0) for k, n in zip(picked, right)}, int(samples))
 
@@ -147,11 +151,14 @@ class FewShot:
         """One probe for each choice of images; every image goes through the model once, the ranks share the fits."""
         needed = np.unique(np.concatenate(list(picked.values())))
         rows, ids = [], []
+        failure = None
         for batch in self._batches(self.train, needed, world):
+            failure = failure or batch.failure
             used = batch.weights > 0
             rows.append(features(batch).cpu()[used])
             ids.append(batch.ids[used])
             on_batch()
+        raise_together(failure, world)
         parts = world.gather((torch.cat(ids).numpy(), torch.cat(rows).numpy()))
         found = np.concatenate([i for i, _ in parts])  # sorted: ranks hold consecutive parts; unreadable ones lack
         known = torch.from_numpy(np.concatenate([f for _, f in parts]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,9 @@ class Feed:
 
         Raises whatever else went wrong in the loader.
         """
+        if threading.current_thread() is threading.main_thread():
+            # Where an evaluation's DataLoader left its handler, a killed worker would raise in the middle of a step
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if not self._busy:
             self._wanted.put(True)
             self._busy = True
@@ -71,19 +75,26 @@ class Feed:
                     self._got.put(e.with_traceback(None))
                     batches = None  # its generator is over; another attempt reads anew
                     break
-                except RuntimeError as e:  # what a DataLoader says of a worker that was killed
+                except (RuntimeError, OSError, EOFError) as e:
                     batches = None
                     restarts += 1
-                    if "DataLoader worker" not in str(e) or restarts > MAX_RESTARTS:
+                    # What a DataLoader says of a worker that was killed; while it handed over a batch, it is the
+                    # connection that breaks
+                    lost = "DataLoader worker" in str(e) or not isinstance(e, RuntimeError)
+                    if not lost or restarts > MAX_RESTARTS:
                         self._got.put(e)
                         break
-                    self._say(f"warning: {str(e).splitlines()[0]} Starting the loader again")
+                    self._say(f"warning: a loader worker was lost ({_first_line(e)}); starting the loader again")
                     time.sleep(0.1)
                 except BaseException as e:
                     batches = None
                     self._got.put(e)
                     break
         del batches  # a DataLoader's iterator ends its workers
+
+
+def _first_line(e: BaseException) -> str:
+    return (str(e) or type(e).__name__).splitlines()[0]
 
 
 def _kill_workers() -> None:

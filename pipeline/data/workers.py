@@ -6,8 +6,10 @@ them, and all else travels by value (as tensors, a few numbers would each take a
 
 from __future__ import annotations
 
+import ctypes
 import math
 import signal
+import sys
 from collections.abc import Iterator
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
@@ -123,3 +125,5 @@ def _start_worker(worker: int) -> None:
     """Signals for a training reach its whole process group; when to end is the training process' to decide."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # it ends with the thread that started it, even while it reads, or is stopped
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG

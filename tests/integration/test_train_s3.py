@@ -34,7 +34,7 @@ SAMPLES = 480  # 36 steps of 13 an epoch
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    samples = [Member(png(picture(i, 20, 20)), i % 10) for i in range(SAMPLES)]
+    samples = [Member(png(picture(i, 48, 48)), i % 10) for i in range(SAMPLES)]
     folder = tmp_path_factory.mktemp("set")
     return write_dataset(folder, {"train": shards_of(samples, [60] * 8), "val": [samples[:20]]}, classes=10)
 
@@ -122,33 +122,22 @@ def test_the_same_run_from_a_store_through_a_cache_that_stays_below_its_limit(se
     assert_same_run(run, undisturbed, STEPS)
     limit = int(needed.removesuffix("MiB")) * 2**20
     assert 0 < most <= limit
-    assert seen["fetched"] > 8 and seen["bytes"] > 0
+    assert seen["fetched"] > 8 and seen["evicted"] > 0
     assert list(cache.iterdir()) == []  # nothing is left after an orderly end
     assert mixer.all_gone(5)
 
 
-def test_chunks_are_evicted_after_their_last_use(server, undisturbed, tmp_path):
-    cache, run = tmp_path / "cache", tmp_path / "run"
-    mixer = start(run, *from_store(server, cache, "data.cache_size=2MiB", "data.window=2", "data.num_workers=0"))
-    most, seen = 0, {}
-    while mixer.process.poll() is None:
-        most, seen = max(most, on_disk(cache)), facts(cache) or seen
-        time.sleep(0.02)
-    assert mixer.wait() == 0, mixer.output()
-    assert most <= 2 * 2**20
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_outage_stalls_and_loses_nothing(server, undisturbed, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "size"), [(0, "0"), (2, "4MiB")])
+def test_an_outage_stalls_and_loses_nothing(server, undisturbed, tmp_path, workers, size):
     """The same code path as for a minute; the watchdog, set to less than the outage, leaves the run alone."""
     run = tmp_path / "run"
-    more = [f"data.num_workers={workers}", "health.timeout=4 s", "data.read_timeout=2 min", "data.cache_size=0"]
+    more = [f"data.num_workers={workers}", "health.timeout=4 s", "data.read_timeout=2 min", f"data.cache_size={size}"]
     mixer = start(run, *from_store(server, tmp_path / "cache", *more))
     wait_for_progress(mixer, run, 0)
     server.kill()
-    time.sleep(8)
+    time.sleep(12)
     stalled = current_step(run)
-    time.sleep(5)
+    time.sleep(4)
     assert mixer.process.poll() is None and current_step(run) == stalled
     server.start()
     assert mixer.wait(180) == 0, mixer.output()
@@ -156,21 +145,9 @@ def test_an_outage_stalls_and_loses_nothing(server, undisturbed, tmp_path, worke
     assert not any(segment.masked for segments in read_ledger(run).values() for segment in segments)
 
 
-def test_an_outage_with_a_cache(server, undisturbed, tmp_path):
-    run = tmp_path / "run"
-    mixer = start(run, *from_store(server, tmp_path / "cache", "data.cache_size=2MiB"))
-    wait_for_progress(mixer, run, 0)
-    server.kill()
-    time.sleep(10)
-    assert mixer.process.poll() is None
-    server.start()
-    assert mixer.wait(180) == 0, mixer.output()
-    assert_same_run(run, undisturbed, STEPS)
-
-
 def test_a_store_that_stays_away_ends_the_run_with_a_checkpoint(server, undisturbed, tmp_path):
     cache, run = tmp_path / "cache", tmp_path / "run"
-    mixer = start(run, *from_store(server, cache, "data.read_timeout=3 s", "data.cache_size=2MiB"))
+    mixer = start(run, *from_store(server, cache, "data.read_timeout=3 s", "data.cache_size=4MiB"))
     wait_for_progress(mixer, run, 0)
     server.kill()
     assert mixer.wait(120) == 75, mixer.output()
@@ -219,7 +196,7 @@ def test_the_prefetcher_is_killed_and_then_everything(server, undisturbed, tmp_p
     (cache / f"mixer-cache-{host}-dead-0").mkdir()
     (cache / f"mixer-cache-{host}-dead-0" / "chunk").write_bytes(b"x" * 1000)
     (cache / f"mixer-cache-{host}-dead-0.lock").touch()
-    mixer = start(run, *from_store(server, cache, "data.cache_size=2MiB"), stretch=0.02)
+    mixer = start(run, *from_store(server, cache, "data.cache_size=4MiB"), stretch=0.02)
     wait_for_progress(mixer, run, 0)
     assert not list(cache.glob("*dead*"))
     first = prefetchers(mixer)
@@ -242,7 +219,7 @@ def test_the_prefetcher_is_killed_and_then_everything(server, undisturbed, tmp_p
 
 def test_a_damaged_cache_is_read_around(server, undisturbed, tmp_path):
     cache, run = tmp_path / "cache", tmp_path / "run"
-    mixer = start(run, *from_store(server, cache, "data.cache_size=2MiB"), stretch=0.02)
+    mixer = start(run, *from_store(server, cache, "data.cache_size=4MiB"), stretch=0.02)
     damaged = 0
     while mixer.process.poll() is None:
         for path in cache.glob("*/*.*.*.*"):
