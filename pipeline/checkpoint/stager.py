@@ -40,6 +40,10 @@ class Stager:
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
+    @property
+    def is_pinned(self) -> bool:
+        return self._buffer is not None and self._buffer.is_pinned()
+
     def stage(self, pieces: Iterable[Piece]) -> list[Piece]:
         """Copies of all pieces; they stay as they are until the next call."""
         pieces = list(pieces)
@@ -75,6 +79,11 @@ class BackgroundSaver:
         self._stager = Stager()
         self._thread: threading.Thread | None = None
         self._result: SaveResult | None = None
+
+    @property
+    def staging_is_pinned(self) -> bool:
+        """Pinned memory is copied to while a GPU computes."""
+        return self._stager.is_pinned
 
     def prepare(self, pieces: Iterable[Piece]) -> None:
         """Allocates the staging memory now, so that the first save is no slower than the others."""

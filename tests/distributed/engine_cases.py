@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.build import deterministic
 from pipeline.checkpoint.layout import CheckpointReader, InitialState, StateSource, load_pieces
 from pipeline.checkpoint.manager import CheckpointManager, Retention, step_folder
+from pipeline.checkpoint.stager import BackgroundSaver
 from pipeline.data.loader import Batch, Share
 from pipeline.ema import WeightAverage
 from pipeline.losses import make_loss
@@ -346,6 +348,31 @@ def save_canonical(world: World, spec: Spec, root: str) -> str:
         s.load(DictState(canonical_state(spec.optimizer)), 7)
         check_weights(s)
         return s.save(root, 7)
+
+
+def save_beside_training(world: World, spec: Spec, root: str) -> tuple[str, bool]:
+    """Saves the made-up state in the background while two steps change it. The folder; whether staging was pinned."""
+    with session(world, spec) as s:
+        s.load(DictState(canonical_state(spec.optimizer)), 7)
+        saver = BackgroundSaver(CheckpointManager(Path(root), world, Retention(100)), world)
+        saver.prepare(s.owned())
+        tensors = s.engine.tensors() | s.average.tensors()
+        saver.save(7, s.owned(), tensors=tensors, state={}, metrics={}, written_by={})
+        for t in range(2):
+            s.step(t)
+        result = saver.wait()
+        if result is None or result.error:
+            raise AssertionError(result)
+        return str(step_folder(Path(root), 7)), saver.staging_is_pinned
+
+
+def train_twice(world: World, spec: Spec, steps: int) -> tuple[list[float], list[float]]:
+    """The losses of two trainings from the same start, with train.deterministic."""
+    deterministic(True)
+    try:
+        return train(world, spec, None, steps).losses, train(world, spec, None, steps).losses
+    finally:
+        deterministic(False)
 
 
 def copy_checkpoint(world: World, spec: Spec, source: str, root: str) -> str:

@@ -77,6 +77,11 @@ def test_loads_and_saves_again(ranks, tmp_path: Path, canonical_checkpoint: str,
     assert_canonical(ranks(size).run(cases.copy_checkpoint, Spec(strategy), canonical_checkpoint, str(tmp_path))[0])
 
 
+@pytest.mark.parametrize(("strategy", "size"), [(s, 3) for s in STRATEGIES] + [("hsdp", 2)])
+def test_a_save_beside_training_holds_the_state_of_its_moment(ranks, tmp_path: Path, strategy: str, size: int) -> None:
+    assert_canonical(ranks(size).run(cases.save_beside_training, Spec(strategy), str(tmp_path))[0][0])
+
+
 def variants() -> list[Any]:
     """(optimizer, offload, strategy, ranks): all of them; those that compile DeepSpeed's CPU Adam first are slow."""
     found = []
