@@ -20,7 +20,7 @@ from torch import Tensor
 from data_tools.errors import UserError
 from pipeline.build import Parts
 from pipeline.checkpoint.layout import CheckpointError, CheckpointReader
-from pipeline.checkpoint.manager import best_score, step_folder
+from pipeline.checkpoint.manager import best_score, score, step_folder
 from pipeline.checkpoint.stager import BackgroundSaver, SaveResult
 from pipeline.data.feed import Feed
 from pipeline.data.loader import Batch, eval_batches, masked_slots, step_digest, train_batches
@@ -378,16 +378,24 @@ class Trainer:
         self._save_begun_at = self.step
         self._ledger.sync()
         metrics = self.metrics if self.evaluated_at == self.step else {}
+        slow = self.saver.busy
         previous = self.saver.save(
             self.step,
             [*self.engine.owned(), *self.parts.average.pieces()],
             tensors=self.engine.tensors() | self.parts.average.tensors(),
             state=self.state(),
             metrics=metrics,
-            written_by={**self._written_by(), "attempt": self.attempt},
+            written_by={**self._written_by(), "attempt": self.attempt, "best": self.config.checkpoint.best},
         )
         self._last_save, self._retry_save_at = time.monotonic(), math.inf
-        self._clock.stall += time.perf_counter() - started
+        stall = time.perf_counter() - started
+        self._clock.stall += stall
+        if slow and previous and self.world.is_main:
+            self.run.record("slow_save", attempt=self.attempt, step=previous.step, seconds=round(previous.seconds, 3))
+            self._display.say(
+                f"warning: saving step {previous.step} took {previous.seconds:.1f} s, until after the next was due; "
+                f"training waited {stall:.1f} s: save less often, or to a faster disk"
+            )
         self._book(previous)
 
     def _book(self, result: SaveResult | None) -> None:
@@ -556,8 +564,9 @@ class Trainer:
             return False
         if not self.world.is_main:
             return self.world.broadcast(None)
-        best = best_score(self.run.checkpoints)
-        return self.world.broadcast(best is None or self.metrics["top1"] > best[0])
+        metric = self.config.checkpoint.best
+        best, mine = best_score(self.run.checkpoints, metric), score(self.metrics, metric)
+        return self.world.broadcast(mine is not None and (best is None or mine > best[0]))
 
     def _log(self, stats: StepStats, norm: Tensor) -> None:
         """The loss is this step's, not an average: so that it is the same after a resume in between."""

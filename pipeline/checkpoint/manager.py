@@ -63,16 +63,25 @@ class Retention:
         return [s for s in steps if s not in newest | forever and s != best]
 
 
-def best_score(root: Path, metric: str = "top1") -> tuple[float, int] | None:
-    """(score, step) of the checkpoint that was evaluated best; the later of equals; None where none was evaluated."""
-    scores = []
+def score(metrics: dict[str, float], metric: str) -> float | None:
+    """The metric as a number of which more is better; None where it was not evaluated."""
+    value = metrics.get(metric)
+    return -value if value is not None and metric == "loss" else value
+
+
+def best_score(root: Path, metric: str | None = None) -> tuple[float, int] | None:
+    """(`score`, step) of the checkpoint that was evaluated best; the later of equals; None where none was evaluated.
+
+    `metric` None: `checkpoint.best` of the run when it wrote the newest checkpoint.
+    """
+    manifests = []
     for step in committed_steps(root):
-        try:
-            value = CheckpointManifest.load(step_folder(root, step)).metrics.get(metric)
-        except CheckpointError:
-            continue
-        if value is not None:
-            scores.append((value, step))
+        with contextlib.suppress(CheckpointError):
+            manifests.append(CheckpointManifest.load(step_folder(root, step)))
+    if not manifests:
+        return None
+    metric = metric or manifests[-1].written_by.get("best", "top1")
+    scores = [(value, m.step) for m in manifests if (value := score(m.metrics, metric)) is not None]
     return max(scores, default=None)
 
 

@@ -26,6 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "loss.name": ("softmax_xent", "sigmoid_xent"),
     "optimizer.name": ("adamw", "sgd"),
     "scheduler.name": ("linear", "cosine", "constant"),
+    "checkpoint.best": ("top1", "top5", "loss"),
     "train.strategy": ("auto", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"),
     "train.precision": ("bf16", "fp32"),
     "train.compile": ("none", "block", "model"),

@@ -131,6 +131,7 @@ class EvalConfig:
 class CheckpointConfig:
     every: str = "15 min"
     keep_last: int = 3
+    best: str = "top1"  # the val metric whose best checkpoint is kept, and is `best` to other commands
     background: bool = True  # write beside training, from a copy in host memory
     dir: str | None = None  # None: checkpoints/ in the run folder; else a folder or URL (s3://bucket/run)
     mirror: str | None = None  # every checkpoint is copied here too: a folder or URL

@@ -114,6 +114,15 @@ def test_the_best_stays_and_is_found(tmp_path, world):
     assert committed_steps(run.root) == [6]
 
 
+def test_the_best_is_that_of_the_metric_asked_for(run):
+    for step, loss in [(1, 2.0), (2, 1.5), (3, 1.7)]:
+        by, metrics = {"best": "loss"}, {"loss": loss, "top1": loss}
+        pieces = [Piece("w", WEIGHT, 0, torch.zeros(20))]
+        run.manager.save(step, SHAPES, pieces, {}, metrics=metrics, written_by=by)
+    assert best_step(run.root) == 2
+    assert manager.best_score(run.root, "top1") == (2.0, 1)
+
+
 def test_nothing_was_evaluated(run):
     run.save(1)
     assert best_step(run.root) is None

@@ -123,7 +123,7 @@ def test_a_new_run_from_another_runs_weights(tmp_path, finished):
 
 def test_the_manifest_says_who_wrote(finished):
     manifest = json.loads((choose(finished / "checkpoints", "last") / "MANIFEST.json").read_text())
-    assert manifest["written_by"] == {"world_size": 1, "strategy": "ddp", "attempt": 0}
+    assert manifest["written_by"] == {"world_size": 1, "strategy": "ddp", "attempt": 0, "best": "top1"}
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,63 @@ def test_the_best_checkpoint_is_the_one_that_was_evaluated_best(tmp_path, capsys
     assert f"top-1 {best:.2%}" in capsys.readouterr().out
     with as_before(), pytest.raises(UserError, match="ema_decay"):
         run_eval(str(run), "last", True, [])
+
+
+def test_the_best_by_loss_stays(tmp_path):
+    run = tmp_path / "run"
+    settings = ("data.val=synthetic", "eval.every=2 steps", "eval.batch_size=500", "optimizer.lr=0.1")
+    settings += ("scheduler.name=constant", "train.duration=10 steps", "checkpoint.keep_last=1", "checkpoint.best=loss")
+    assert train(run, *settings) == 0
+    scores = {line["step"]: line["loss"] for line in read_lines(run / "metrics.jsonl") if line["split"] == "val"}
+    best = min(scores, key=lambda step: (scores[step], -step))
+    assert best_step(run / "checkpoints") == best
+    assert set(committed_steps(run / "checkpoints")) == {best, 10}
+
+
+# ----------------------------------------------------------------------------------------------- failing saves
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_save_that_failed_is_tried_again_before_the_next_is_due(tmp_path, monkeypatch, reference, capsys, background):
+    """The error of the thread that writes comes out in the loop, as a warning; training goes on with the same bits."""
+    from pipeline import trainer
+    from pipeline.checkpoint import manager
+
+    failures = ["No space left on device"]
+    write = manager.write_pieces
+
+    def write_pieces(*args: Any) -> Any:
+        if failures:
+            raise OSError(28, failures.pop())
+        return write(*args)
+
+    monkeypatch.setattr(manager, "write_pieces", write_pieces)
+    monkeypatch.setattr(trainer, "RETRY_SAVE_SECONDS", 0.0)
+    assert train(tmp_path / "run", f"checkpoint.background={background}") == 0
+    assert "checkpoint at step 4 failed, the previous one stays: rank 0" in capsys.readouterr().out
+    [failed] = events(tmp_path / "run", "save_failed")
+    assert failed["step"] == 4 and "No space left" in failed["why"]
+    saved = [e["step"] for e in events(tmp_path / "run", "save")]
+    assert saved[0] in (5, 6, 7) and saved[-1] == 8
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_a_save_that_is_too_slow_warns_and_the_next_one_waits(tmp_path, monkeypatch, reference, capsys):
+    from pipeline.checkpoint import manager
+
+    write = manager.write_pieces
+
+    def write_pieces(*args: Any) -> Any:
+        time.sleep(0.7)
+        return write(*args)
+
+    monkeypatch.setattr(manager, "write_pieces", write_pieces)
+    assert train(tmp_path / "run", "checkpoint.every=1 steps", "checkpoint.keep_last=99") == 0
+    assert "until after the next was due; training waited" in capsys.readouterr().out
+    assert {e["step"] for e in events(tmp_path / "run", "slow_save")} <= set(range(1, 8))
+    assert events(tmp_path / "run", "slow_save")
+    assert committed_steps(tmp_path / "run" / "checkpoints") == list(range(1, 9)), "no save is left out, none overtakes"
+    assert_same_run(tmp_path / "run", reference)
 
 
 # --------------------------------------------------------------------------------------------------- smoke
