@@ -6,6 +6,7 @@ knows: was it an error that a restart cannot mend, was it asked to stop, has it 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Sequence
@@ -36,16 +37,22 @@ class LocalLauncher:
         self.command, self.nproc, self.max_restarts = list(command), nproc, max_restarts
         self.run = RunFolder(config.run.dir, checkpoint_root(config))
         self._agent: Agent | None = None
-        self._stopping = False
+        self._stopping = self._interrupted = False
         self._logs: StartLogs | None = None
 
     def launch(self) -> int:
         """Exit code 0 finished, 75 saved and to be continued, else an error."""
         for number in _FORWARDED:
             signal.signal(number, self._forward)
-        # The terminal sends Ctrl-C to the training processes too: they save, and this one waits for them
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "_stopping", True))
+        signal.signal(signal.SIGINT, self._interrupt)
         self.run.stop.unlink(missing_ok=True)  # a wish of an earlier day
+        try:
+            return self._launch()
+        finally:
+            if self._interrupted:
+                self.run.stop.unlink(missing_ok=True)
+
+    def _launch(self) -> int:
         fruitless = 0
         while True:
             before = committed_steps(self.run.checkpoints)
@@ -89,6 +96,15 @@ class LocalLauncher:
         """The first failure of the latest start, in a few words."""
         failure = first_failure(self._logs) if self._logs else None
         return failure.headline if failure else "torchrun itself was killed"
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        """The terminal sends Ctrl-C to the training processes too: a second signal would end them without saving.
+
+        Whether it did cannot be seen here, so they are asked the way `mixer stop` asks.
+        """
+        self._stopping = self._interrupted = True
+        with contextlib.suppress(OSError):
+            self.run.stop.write_text("save\n")
 
     def _forward(self, number: int, frame: object) -> None:
         self._stopping = True

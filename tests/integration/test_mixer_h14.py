@@ -26,6 +26,7 @@ SETTINGS = [
     "model.num_classes=1000", "data.train=synthetic", "data.val=none", "data.num_workers=0",
     "train.global_batch_size=2", "train.micro_batch_size=1", "train.precision=fp32", "optimizer.lr=1e-4",
     "logging.every=1 steps", "logging.to=[]", "checkpoint.every=100 steps",
+    "checkpoint.background=false",  # no staging: DeepSpeed holds weights and master weights, both fp32
 ]  # fmt: skip
 
 

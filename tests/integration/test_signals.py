@@ -44,7 +44,7 @@ def assert_saved_and_gone(mixer: Mixer, run: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "signals",
     [
-        [("launcher", TERM), ("agent", USR2), ("terminal", INT)],
+        [("launcher", TERM), ("agent", USR2), ("terminal", INT), ("launcher", INT)],
         pytest.param([("launcher", USR2), ("agent", TERM), ("agent", INT)], marks=pytest.mark.slow),
     ],
     ids=["quick", "the others"],
@@ -63,7 +63,9 @@ def test_launcher_agent_and_terminal(
             os.killpg(mixer.process.pid, number)
         else:
             os.kill(mixer.agent() if target == "agent" else mixer.process.pid, number)
-        assert_saved_and_gone(mixer, run, number.name)
+        # The launcher alone does not know whether the others heard of it: it asks as `mixer stop` does
+        assert_saved_and_gone(mixer, run, "mixer stop" if (target, number) == ("launcher", INT) else number.name)
+        assert not RunFolder(run).stop.exists()
         command = ["resume", str(run)]
     mixer = Mixer(command, tmp_path)
     assert mixer.wait() == 0, mixer.output()
