@@ -13,6 +13,7 @@ from data_tools.errors import UserError
 from pipeline.config.sets import subset_problems, train_problems
 from pipeline.config.tree import Config, alternatives, get_value, schema
 from pipeline.duration import Duration
+from pipeline.parallel.registry import STRATEGIES
 from pipeline.sizes import parse_bytes
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -27,7 +28,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.name": ("adamw", "sgd"),
     "scheduler.name": ("linear", "cosine", "constant"),
     "checkpoint.best": ("top1", "top5", "loss"),
-    "train.strategy": ("auto", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"),
+    "train.strategy": ("auto", *STRATEGIES),
     "train.precision": ("bf16", "fp32"),
     "train.compile": ("none", "block", "model"),
     "train.offload": ("none", "optimizer"),

@@ -1,4 +1,4 @@
-"""The `TrainEngine`: what the trainer knows of data parallelism. One subclass a family, one registry line a strategy.
+"""The `TrainEngine`: what the trainer knows of data parallelism. One subclass a family.
 
 An engine owns model and optimizer and hides who holds which part of them. Its state is visible as `Piece`s: flat
 1-D views on the local storage of every weight and optimizer moment, which checkpoints write and overwrite in
@@ -30,21 +30,12 @@ from pipeline.data.loader import Batch
 from pipeline.data.mixup import mix_images, mix_targets
 from pipeline.data.order import key
 from pipeline.parallel.blocks import prepare_blocks
+from pipeline.parallel.registry import STRATEGIES
 from pipeline.parallel.world import World
 
 WEIGHT, BUFFER, EMA = "weight", "buffer", "ema"
 # optimizer -> kinds of its state, one value a trainable element each; they begin as zeros
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-
-# strategy -> "module:class"; resolved late, so that ddp and fsdp start where DeepSpeed cannot be imported
-STRATEGIES = {
-    "ddp": "pipeline.parallel.replicated:ReplicatedEngine",
-    "fsdp": "pipeline.parallel.sharded:ShardedEngine",
-    "hsdp": "pipeline.parallel.sharded:ShardedEngine",
-    "zero1": "pipeline.parallel.zero:ZeroEngine",
-    "zero2": "pipeline.parallel.zero:ZeroEngine",
-    "zero3": "pipeline.parallel.zero3:Zero3Engine",
-}
 
 
 @dataclass(frozen=True)
