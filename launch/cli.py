@@ -19,7 +19,8 @@ from launch.checkpoints import checkpoint_app
 from launch.cli_cluster import launch_slurm, launch_torchrun
 from launch.doctor import doctor
 from launch.plan_cli import plan
-from launch.watch_cli import logs, status, stop, why
+from launch.status_cli import status
+from launch.watch_cli import logs, stop, why
 
 app = typer.Typer(
     no_args_is_help=True,

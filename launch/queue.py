@@ -32,13 +32,15 @@ def jobs_of(run: Path) -> list[str]:
     return list(dict.fromkeys(line["job"] for line in lines))
 
 
-def queued(jobs: Iterable[str]) -> dict[str, Queued]:
-    """job -> what SLURM says, of those it still has; empty where there is no SLURM or it does not answer."""
+def queued(jobs: Iterable[str], seconds: float = _SECONDS) -> dict[str, Queued]:
+    """job -> what SLURM says, of those it still has; empty where there is no SLURM or it does not answer in time."""
     wanted = set(jobs)
     if not wanted or shutil.which("squeue") is None:
         return {}
     # Not by job id: one that is forgotten makes squeue fail for all
-    rows = (line.split("|") for line in _ask("squeue", "--noheader", "--format=%i|%T|%r|%L").splitlines())
+    rows = (
+        line.split("|") for line in _ask("squeue", "--noheader", "--format=%i|%T|%r|%L", seconds=seconds).splitlines()
+    )
     return {row[0]: Queued(*row[1:]) for row in rows if len(row) == 4 and row[0] in wanted}
 
 
@@ -57,8 +59,8 @@ def cancel(jobs: Iterable[str]) -> None:
         _ask("scancel", job)
 
 
-def _ask(*command: str) -> str:
+def _ask(*command: str, seconds: float = _SECONDS) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from data_tools.errors import UserError
 from launch.jobs import EVAL_SCRIPT, TRAIN_SCRIPT, seconds_of, submit_eval, submit_script
 from launch.profiles import Profile, refuse_control_characters
+from launch.queue import queued
 from launch.snapshot import freeze
 from pipeline.config import Config, to_yaml
 from pipeline.run import RunFolder, read_lines, replace_file
@@ -215,12 +215,7 @@ def refuse_running(run: RunFolder) -> None:
 def job_states(run: RunFolder) -> dict[str, str]:
     """job id -> state, of the run's jobs that SLURM still knows; empty where it cannot be asked."""
     known = {line["job"] for line in read_lines(run.path / "jobs.jsonl") if line["event"] == "submitted"}
-    if not known or shutil.which("squeue") is None:
-        return {}
-    # Not by job id: one that is forgotten makes squeue fail for all
-    query = subprocess.run(["squeue", "--noheader", "--format=%i %T"], capture_output=True, text=True, timeout=60)
-    rows = (line.split() for line in query.stdout.splitlines())
-    return {row[0]: row[1] for row in rows if len(row) == 2 and row[0] in known}
+    return {job: found.state for job, found in queued(known, seconds=60).items()}
 
 
 def quote_option(name: str, value: str) -> str:
