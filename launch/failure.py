@@ -40,26 +40,51 @@ class Failure:
 
 
 def failures(logs: StartLogs) -> list[Failure]:
-    """The ends of all ranks of a start that did not end well; causes first, each group in order of time."""
-    errors = {rank: record for rank, path in logs.files("error").items() if (record := _read(path))}
+    """The ends of all ranks of a start that did not end well; causes first, each group in order of time.
+
+    Where the processes were started again within it (a launcher in a job does that), the ends of the latest.
+    """
     beats = read_pulses(logs.files("pulse"))
-    found = [_told(record) for record in errors.values()]
-    killed = {row["rank"]: row for path in logs.folder.glob("agent-*.json") for row in _read(path) or []}
-    for rank, row in killed.items():
-        if rank not in errors and row["exit_code"] not in _NO_FAILURE:
-            found.append(_killed(row, beats.get(rank)))
-    known = {f.rank for f in found}
-    if any(b.over for b in beats.values()) or found:
+    began = beats[0].started if 0 in beats else 0.0
+    found = [f for f in _all(logs, beats) if f.time + 1 >= began]  # torchrun's clock has whole seconds
+    known = {f.rank for f in found} | {row["rank"] for row in _agents(logs) if row["time"] + 1 >= began}
+    if found or any(b.over for b in beats.values()):
         newest = max((b.time for b in beats.values()), default=time.time())
         # Beside ranks that said how they ended: one whose pulse merely stopped, with its node perhaps
         for rank, b in beats.items():
-            if rank not in known and rank not in killed and not b.over and (found or newest - b.time > 30):
+            if rank not in known and not b.over and not b.alive(0) and (found or newest - b.time > 30):
                 found.append(_silent(b))
-    return sorted(found, key=lambda f: (f.consequence, f.time))
+    return _in_order(found)
+
+
+def mended_failures(logs: StartLogs) -> list[Failure]:
+    """Of a start whose processes were started again within it: the ends before that."""
+    beats = read_pulses(logs.files("pulse"))
+    return _in_order([f for f in _all(logs, {}) if 0 in beats and f.time + 1 < beats[0].started])
 
 
 def first_failure(logs: StartLogs) -> Failure | None:
     return next(iter(failures(logs)), None)
+
+
+def _all(logs: StartLogs, beats: dict[int, Beat]) -> list[Failure]:
+    """What ranks and agents wrote down."""
+    found = [_told(record) for path in logs.files("error").values() if (record := _read(path))]
+    told = {(f.rank, f.time) for f in found}
+    for row in _agents(logs):
+        # a rank that could speak did so just before it ended
+        spoke = any(rank == row["rank"] and abs(at - row["time"]) < 60 for rank, at in told)
+        if not spoke and row["exit_code"] not in _NO_FAILURE:
+            found.append(_killed(row, beats.get(row["rank"])))
+    return found
+
+
+def _agents(logs: StartLogs) -> list[dict[str, Any]]:
+    return [row for path in logs.folder.glob("agent-*.json") for row in _read(path) or []]
+
+
+def _in_order(found: list[Failure]) -> list[Failure]:
+    return sorted(found, key=lambda f: (f.consequence, f.time))
 
 
 def _told(record: dict[str, Any]) -> Failure:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from pipeline.cli import EXIT_SAVED
-from pipeline.logs import StartLogs, this_start
+from pipeline.logs import LOGS, StartLogs, this_start
 from pipeline.pulse import Pulse
 from pipeline.run import RunFolder
 
@@ -106,6 +106,8 @@ def appear(run_dir: str) -> Presence:
             pulse.end()
             os._exit(EXIT_SAVED)
 
+    if LOGS not in os.environ and rank == 0:
+        run.stop.unlink(missing_ok=True)  # of an earlier day; a launcher would have seen to it
     kept = keep_output(logs, rank)
     pulse = Pulse(logs.pulse(rank) if kept else None, rank, leave_if_asked)
     _present = Presence(logs, pulse, rank)

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from data_tools.errors import UserError
-from launch.failure import Failure, failures
+from launch.failure import Failure, failures, mended_failures
 from launch.queue import cancel, ended, jobs_of, queued
 from launch.watch import current_start, find_runs, look
 from pipeline.logs import StartLogs, starts
@@ -86,6 +86,8 @@ def why(run: Run) -> None:
     if here and start and view.state != "STOPPED":  # then it ended because it was asked to
         _tell(start, here)
     earlier = [(s, found) for s, found in every if found and s != start]
+    if start and (mended := mended_failures(start)):
+        earlier.append((start, mended))
     for old, found in earlier[-5:]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found[0].time))
         typer.echo(f"earlier, {when}, start {old.name}: {found[0].headline}")

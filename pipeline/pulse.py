@@ -31,6 +31,7 @@ class Beat:
     world: int  # ranks there should be
     host: str
     pid: int
+    started: float  # when this process began
     state: str  # starting, loading, training, evaluating, saving; ended, failed
     step: int  # completed
     since: float  # when it last got further: a step, a batch of an evaluation
@@ -68,7 +69,7 @@ class Pulse:
     def __init__(self, path: Path | None, rank: int = 0, on_beat: Callable[[], None] | None = None):
         now = time.time()
         world = int(os.environ.get("WORLD_SIZE", 1))
-        self._beat = Beat(now, rank, world, socket.gethostname(), os.getpid(), "starting", 0, now, 0.0, 0.0, "")
+        self._beat = Beat(now, rank, world, socket.gethostname(), os.getpid(), now, "starting", 0, now, 0.0, 0.0, "")
         self._path, self._on_beat = path, on_beat
         self._main = threading.main_thread().ident
         self._over = threading.Event()

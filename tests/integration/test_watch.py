@@ -146,6 +146,20 @@ def test_stop_now_reaches_ranks_that_cannot_be_killed_from_here(tmp_path: Path, 
     assert "ends at once, as `mixer stop --now` asked" in training.output()
 
 
+def test_stop_and_resume_without_a_launcher(tmp_path: Path) -> None:
+    """One process; the wish to stop of the day before does not stop the next start."""
+    run = tmp_path / "run"
+    training = Mixer(["train", *run_arguments(run)], tmp_path, stretch=0.05)
+    try:
+        wait_for_progress(training, run, 0, steps=2)
+        assert "STOPPED" in mixer("stop", run)
+        assert training.wait() == 75 and (run / "STOP").exists()
+    finally:
+        training.kill()
+    assert "finished" in mixer("resume", run)
+    assert view(run)["state"] == "FINISHED" and not (run / "STOP").exists()
+
+
 def test_why_names_the_first_failure_with_its_traceback(tmp_path: Path, start: Start) -> None:
     run = tmp_path / "run"
     training = start(run, "launch.max_restarts=0", MIXER_TEST_RAISE="1:12")
