@@ -146,12 +146,15 @@ class Job:
     # -- nodes ------------------------------------------------------------------------------------------------------
 
     def _preflight(self, attempt: int) -> dict[str, list[str]]:
-        """node -> what is wrong with it. Before a second attempt too: what killed the first may still be there."""
+        """node -> what is wrong with it. Before a second attempt too: what killed the first may still be there.
+
+        It overlaps with other steps: one on a node out of reach never ends.
+        """
         if not self.plan["preflight"]:
             return {}
         started = time.monotonic()
         gpus = str(self.plan["gpus_per_node"])
-        command = [*self._srun(f"--job-name=preflight-{attempt}", "--wait=0"), *self.plan["node_command"],
+        command = [*self._srun(f"--job-name=preflight-{attempt}", "--wait=0", "--overlap"), *self.plan["node_command"],
                    "-m", "launch.preflight", str(self.run.path), gpus]  # fmt: skip
         reports: dict[str, dict[str, Any]] = {}
         skew: dict[str, float] = {}
