@@ -28,6 +28,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def ours(data: Path, workers: int, scaled: bool = False) -> Iterator[Any]:
     from pipeline.data.source import TarSource
 
     source = TarSource(data / "tars", "train")
-    samples = TrainSamples(source, TrainTransform(SIZE, 0, scale=SCALE), channels=3, num_classes=10)
+    samples = TrainSamples(source, TrainTransform(SIZE, 0, scale=SCALE, scaled=scaled), channels=3, num_classes=10)
     order = SampleOrder(source.shard_sizes, manifest_sha="", seed=0, global_batch_size=4 * batch_of(data))
     share = Share.of(0, 1, 4 * batch_of(data), batch_of(data))
     for batches in train_batches(samples, order, share, num_workers=workers):
@@ -203,11 +204,17 @@ def _decode(jpegs: list[bytes], number: int, seconds: float, results: Any, start
     from pipeline.data.decode import decode_image
 
     torch.set_num_threads(1)
-    transform = TrainTransform(SIZE, 0, scale=SCALE)
+    transform = TrainTransform(SIZE, 0, scale=SCALE, scaled=scaled)
     start.wait()
     begin, used, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - begin < seconds:
-        transform(decode_image(jpegs[count % len(jpegs)], 3), number, count)
+        data = jpegs[count % len(jpegs)]
+        if scaled:
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            pixels = decode_image(data, 3, partial(transform.shrink, epoch=number, sample_id=count))
+            transform(pixels, number, count, (height, width))
+        else:
+            transform(decode_image(data, 3), number, count)
         count += 1
     results.put((count / (time.perf_counter() - begin), count, time.process_time() - used))
 
@@ -231,6 +238,8 @@ def limit(data: Path, workers: int, seconds: float, scaled: bool = False) -> Rat
 LOADERS: dict[str, tuple[str, Callable[[Path, int], Iterator[Any]]]] = {
     "limit": ("decode, crop, resize, no loader", lambda d, w: iter(())),
     "mixer": ("this project", ours),
+    "limit-scaled": ("decode at a fraction where allowed, crop, resize, no loader", lambda d, w: iter(())),
+    "mixer-scaled": ("this project, data.scaled_decode", lambda d, w: ours(d, w, True)),
     "folder-pil": ("ImageFolder + DataLoader, Pillow transforms", lambda d, w: folder(d, w, False)),
     "folder-v2": ("ImageFolder + DataLoader, v2 transforms of uint8 tensors", lambda d, w: folder(d, w, True)),
     "wds-pil": ("webdataset, Pillow transforms", lambda d, w: webdataset(d, w, False)),

@@ -423,6 +423,7 @@ def train_transform(config: Config) -> TrainTransform:
         a.hflip,
         None if m is None else RandAugment(a.randaugment_layers, m),
         permutation(config),
+        config.data.scaled_decode,
     )
 
 

@@ -37,6 +37,7 @@ _ON_RESUME: dict[str, Kind] = {
     "data.chunk": "refused",
     "data.window": "refused",
     "data.lanes": "refused",
+    "data.scaled_decode": "declared",
     "augment.*": "declared",
     "loss.*": "declared",
     "optimizer.name": "refused",

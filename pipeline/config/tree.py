@@ -50,6 +50,7 @@ class DataConfig:
     subset: str | None = None  # "10%" of each set, by the hash of the samples' keys: 3% lies inside 10%; None: all
     val: str | None = None  # None: the val split of `train` (of its first set with one); a folder; or `none`
     num_workers: int = 4
+    scaled_decode: bool = False  # JPEGs whose crop is twice the model's size and more: decoded at 1/2, 1/4 or 1/8
     max_bad_fraction: float = 1e-4
     corrupt_shards: str = "fail"  # a shard that is missing or not the indexed one; mask: its samples get weight 0
     read: str = "auto"  # pread: local files, sample by sample; chunk: network file systems and URLs, through the cache

@@ -35,7 +35,8 @@ def uniforms(purpose: str, seed: int, epoch: int, sample_id: int, count: int) ->
 @dataclass(frozen=True)
 class TrainTransform:
     """Random-resized crop (Szegedy et al. 2015; "inception crop" in the paper, section 3), horizontal flip; where
-    given, RandAugment and a permutation of the pixels (`pixel_order`).
+    given, RandAugment and a permutation of the pixels (`pixel_order`). `scaled`: images may come decoded at a fraction
+    of their size, as `shrink` says; the crop is the same to half a pixel of these.
 
     `scale` is the cropped share of the area, `ratio` the aspect ratio's range; crop="resize" takes the whole image.
     """
@@ -48,12 +49,18 @@ class TrainTransform:
     hflip: float = 0.5
     randaugment: RandAugment | None = None
     order: np.ndarray | None = None
+    scaled: bool = False
 
-    def __call__(self, pixels: np.ndarray, epoch: int, sample_id: int) -> torch.Tensor:
+    def __call__(
+        self, pixels: np.ndarray, epoch: int, sample_id: int, whole: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """`whole`: (height, width) of the image, where `pixels` were decoded smaller, by the factor of `shrink`."""
         u = uniforms("augment", self.seed, epoch, sample_id, _CROP_DRAWS + 1)
         if self.crop == "inception":
-            top, left, height, width = self.crop_box(pixels.shape[0], pixels.shape[1], u)
-            pixels = pixels[top : top + height, left : left + width]
+            full_height, full_width = whole or pixels.shape[:2]
+            top, left, height, width = self.crop_box(full_height, full_width, u)
+            f = self.shrink(full_height, full_width, epoch, sample_id) if whole else 1
+            pixels = pixels[round(top / f) : round((top + height) / f), round(left / f) : round((left + width) / f)]
         image = resize(pixels, self.size, self.size)
         if u[_CROP_DRAWS] < self.hflip:
             image = image.flip(-1)
@@ -62,6 +69,13 @@ class TrainTransform:
             draws = uniforms("randaug", self.seed, epoch, sample_id, self.randaugment.draws)
             image = self.randaugment(image, draws)
         return reorder(image, self.order)
+
+    def shrink(self, height: int, width: int, epoch: int, sample_id: int) -> int:
+        """The largest of 1, 2, 4 and 8 by which the image may be decoded smaller without its crop having to grow."""
+        if self.crop == "inception":
+            u = uniforms("augment", self.seed, epoch, sample_id, _CROP_DRAWS + 1)
+            *_, height, width = self.crop_box(height, width, u)
+        return next(f for f in (8, 4, 2, 1) if f == 1 or min(height, width) >= f * self.size)
 
     def crop_box(self, height: int, width: int, u: np.ndarray) -> tuple[int, int, int, int]:
         """(top, left, height, width): ten tries, then the largest centred box of an allowed aspect ratio."""

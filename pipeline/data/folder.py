@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from data_tools.errors import UserError
-from pipeline.data.decode import decode_image
+from pipeline.data.decode import Shrink, decode_image
 from pipeline.data.source import EVAL_SPLITS, BadSample, RawSample
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -68,11 +68,11 @@ class FolderSource:
         self.shard_sizes = [min(_PER_SHARD, len(labels) - i) for i in range(0, len(labels), _PER_SHARD)]
         self.digest = f"folder-{digest.hexdigest()[:32]}"
 
-    def read(self, sample_id: int, channels: int) -> RawSample:
+    def read(self, sample_id: int, channels: int, shrink: Shrink | None = None) -> RawSample:
         path = self._files[sample_id]
         try:
             data = path.read_bytes()
-            return RawSample(decode_image(data, channels), int(self._labels[sample_id]), zlib.crc32(data))
+            return RawSample(decode_image(data, channels, shrink), int(self._labels[sample_id]), zlib.crc32(data))
         except Exception as e:
             raise BadSample(f"{path}: {e}") from e
 

@@ -131,12 +131,20 @@ class TrainSamples(Dataset):
 
     def row(self, epoch: int, sample_id: int) -> Row:
         """Raises BadSample, UserError for the store's faults, or whatever this one image does to a transform."""
-        pixels, label, crc = self.source.read(sample_id, self.channels)
+        transform, whole = self.transform, None
+
+        def shrink(height: int, width: int) -> int:
+            nonlocal whole
+            whole = height, width
+            return transform.shrink(height, width, epoch, sample_id)  # type: ignore[union-attr]
+
+        scaled = isinstance(transform, TrainTransform) and transform.scaled
+        pixels, label, crc = self.source.read(sample_id, self.channels, shrink if scaled else None)
         if not 0 <= label < self.num_classes:
             raise BadSample(f"sample {sample_id}: label {label} outside [0, {self.num_classes})")
-        if isinstance(self.transform, TrainTransform):
-            return Row(self.transform(pixels, epoch, sample_id), label, crc)
-        return Row(self.transform(pixels), label, crc)
+        if isinstance(transform, TrainTransform):
+            return Row(transform(pixels, epoch, sample_id, whole), label, crc)
+        return Row(transform(pixels), label, crc)
 
     def keep(self, epoch: int, sample_id: int) -> torch.Tensor:
         """Stochastic-depth mask of a sample, [2L] or [0]."""

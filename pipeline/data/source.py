@@ -19,7 +19,7 @@ import xxhash
 from data_tools.errors import UserError
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest, ShardInfo, load_index
 from pipeline.data.cache import CacheReader, chunk_name
-from pipeline.data.decode import decode_image
+from pipeline.data.decode import Shrink, decode_image
 from pipeline.data.store import READ_SECONDS, DamagedShard, StoreUnreachable, is_url, open_folder
 from pipeline.duration import Duration
 
@@ -58,7 +58,7 @@ class SampleSource(Protocol):
     splits: list[str]
     classes: list[str] | None
 
-    def read(self, sample_id: int, channels: int) -> RawSample:
+    def read(self, sample_id: int, channels: int, shrink: Shrink | None = None) -> RawSample:
         """Raises BadSample; StoreUnreachable or DamagedShard where it is not this one sample's fault."""
         ...
 
@@ -189,10 +189,10 @@ class TarSource:
                 raise BadSample(str(e)) from e
             raise
 
-    def read(self, sample_id: int, channels: int) -> RawSample:
+    def read(self, sample_id: int, channels: int, shrink: Shrink | None = None) -> RawSample:
         data, label, crc = self.encoded(sample_id)
         try:
-            pixels = decode_image(data, channels)
+            pixels = decode_image(data, channels, shrink)
         except Exception as e:
             raise BadSample(f"{self._where(*self.place_of(sample_id))}: {e}") from e
         return RawSample(pixels, label, crc)

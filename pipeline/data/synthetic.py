@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 
 from pipeline.data.augment import philox
+from pipeline.data.decode import Shrink
 from pipeline.data.order import key
 from pipeline.data.source import RawSample
 
@@ -34,7 +35,7 @@ class SyntheticSource:
     def _label(self, sample_id: int) -> int:
         return int(key("label", self._split, sample_id) % np.uint64(self.num_classes))
 
-    def read(self, sample_id: int, channels: int) -> RawSample:
+    def read(self, sample_id: int, channels: int, shrink: Shrink | None = None) -> RawSample:
         label = self._label(sample_id)
         shape = (self._size, self._size, channels)
         noise = philox(int(key(self._split, "noise")), sample_id)

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from helpers import picture, png
+from helpers import Member, picture, png, write_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data.augment import EvalTransform, TrainTransform, keep_mask, normalize, resize, resize_area, uniforms
 from pipeline.data.decode import decode_image
+from pipeline.data.loader import TrainSamples
+from pipeline.data.source import TarSource
 
 
 def pillow_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -240,3 +242,56 @@ def test_evaluation_by_area_and_by_square(height, width):
     top, left = (new[0] - 16) // 2, (new[1] - 16) // 2
     expected = whole[top : top + 16, left : left + 16]
     assert distance(EvalTransform(16, 16 / 18, method="area")(pixels), expected) == 0
+
+
+# -------------------------------------------------------------------------------------- decoding at a fraction
+
+
+def jpeg_of(height: int, width: int, seed: int = 1) -> bytes:
+    smooth = Image.fromarray(picture(seed, 9, 12)).resize((width, height), Image.Resampling.BICUBIC)
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(np.asarray(smooth)), quality=92, colorsubsampling="420")
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize("height, width", [(400, 600), (401, 603)])
+def test_jpegs_are_decoded_at_a_fraction_of_their_size(factor, height, width):
+    asked = []
+
+    def shrink(*size: int) -> int:
+        asked.append(size)
+        return factor
+
+    data = jpeg_of(height, width)
+    pixels = decode_image(data, 3, shrink)
+    assert asked == [(height, width)]
+    assert pixels.shape == (-(-height // factor), -(-width // factor), 3)
+    last = [(0, -n % factor) for n in (height, width)]  # the last pixels may stand for less than the others
+    expected = pillow_resize(np.pad(decode_image(data), (*last, (0, 0)), mode="edge"), *pixels.shape[:2])
+    assert np.abs(pixels.astype(int) - expected).mean() < 2
+    assert decode_image(png(picture(1, height, width)), 3, shrink).shape == (height, width, 3)
+
+
+@given(st.integers(0, 2**40), st.integers(1, 3000), st.integers(1, 3000))
+def test_a_crop_never_has_to_grow_because_of_the_fraction(sample, height, width):
+    t = TrainTransform(100, seed=0, scaled=True)
+    factor = t.shrink(height, width, 0, sample)
+    *_, h, w = t.crop_box(height, width, uniforms("augment", 0, 0, sample, 41))
+    assert factor == 1 or min(h, w) >= factor * 100
+    assert factor == 8 or min(h, w) < 2 * factor * 100
+
+
+def test_a_scaled_crop_is_the_same_picture(tmp_path):
+    """To a few levels, as its edges fall on whole pixels of the smaller image; where nothing is left out, bit-equal."""
+    photos = [Member(jpeg_of(401, 603, i), 0) for i in range(6)]
+    source = TarSource(write_dataset(tmp_path, {"train": [photos]}), "train")
+    plain, scaled = (
+        TrainSamples(source, TrainTransform(50, seed=3, scaled=s), channels=3, num_classes=3) for s in (False, True)
+    )
+    factors = set()
+    for epoch in range(10):
+        for sample in range(6):
+            factor = TrainTransform(50, seed=3).shrink(401, 603, epoch, sample)
+            a, b = plain.row(epoch, sample).image, scaled.row(epoch, sample).image
+            assert torch.equal(a, b) if factor == 1 else (a.int() - b.int()).abs().float().mean() < 5
+            factors.add(factor)
+    assert factors >= {1, 2, 4}
