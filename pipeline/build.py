@@ -27,6 +27,7 @@ from pipeline.data.randaugment import RandAugment
 from pipeline.data.sets import TrainingData, open_data
 from pipeline.data.source import EVAL_SPLITS, Access, SampleSource, TarSource, open_source
 from pipeline.data.store import is_url
+from pipeline.data.stream import StreamSource, is_stream
 from pipeline.duration import Duration
 from pipeline.ema import WeightAverage
 from pipeline.fewshot import FewShot
@@ -448,6 +449,14 @@ def open_training_data(
     data, model = config.data, config.model
 
     def open_set(path: str) -> SampleSource:
+        if is_stream(path):
+            return StreamSource(
+                path,
+                samples=data.stream_samples,
+                seed=config.run.seed,
+                num_classes=model.num_classes,
+                allow_pipe=data.allow_pipe,
+            )
         access = Access.of(config, checks(path))
         return open_source(path, "train", image_size=model.image_size, num_classes=model.num_classes, access=access)
 

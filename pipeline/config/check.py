@@ -99,6 +99,7 @@ def _range_problems(config: Config) -> Iterator[str]:
         "data.num_workers": 0,
         "data.chunk": 1,
         "data.window": 1,
+        "data.stream_samples": 1,
         "data.lanes": 1,
         "train.global_batch_size": 1,
         "train.micro_batch_size": 1,

@@ -30,6 +30,8 @@ _ON_RESUME: dict[str, Kind] = {
     "data.max_bad_fraction": "free",
     "data.corrupt_shards": "free",
     "data.read": "free",
+    "data.stream_samples": "refused",
+    "data.allow_pipe": "free",
     "data.read_timeout": "free",
     "data.cache_dir": "free",
     "data.cache_size": "free",

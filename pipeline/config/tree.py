@@ -53,6 +53,8 @@ class DataConfig:
     scaled_decode: bool = False  # JPEGs whose crop is twice the model's size and more: decoded at 1/2, 1/4 or 1/8
     max_bad_fraction: float = 1e-4
     corrupt_shards: str = "fail"  # a shard that is missing or not the indexed one; mask: its samples get weight 0
+    stream_samples: int | None = None  # what counts as an epoch where `train` names tars without an index
+    allow_pipe: bool = False  # may `train` be a pipe: or a URL of tars? webdataset runs a shell for both
     read: str = "auto"  # pread: local files, sample by sample; chunk: network file systems and URLs, through the cache
     cache_dir: str | None = None  # of what `chunk` reads, on a disk of the node; None: TMPDIR
     cache_size: str | None = None  # hard limit, such as 400GiB; None: half of what is free; 0: no cache
