@@ -1,6 +1,6 @@
 """What proof costs: bytes of ledger and seconds of audit a step, for a large job on a generated data set.
 
-    python benchmarks/bench_audit.py [--ranks 512] [--steps 2000] [--batch 4096] [--samples 1281167]
+    python benchmarks/bench_audit.py [--ranks 512] [--steps 1000] [--batch 4096] [--samples 1281167]
 
 Writes a data set of that many samples (index files; tars without content) and the ledgers that so many ranks would
 have written, through the product's own writer, and audits them as `mixer audit` does. One process, processor time.
@@ -65,7 +65,7 @@ def write_run(run: RunFolder, overrides: list[str], ranks: int, steps: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=1_281_167)
     args = parser.parse_args()

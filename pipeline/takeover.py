@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from data_tools.errors import UserError
 from pipeline.checkpoint.place import checkpoint_places, checkpoint_root, committed_steps
 from pipeline.config import Change, Config, diff_configs, load_config, to_yaml
-from pipeline.run import RunFolder, read_lines
+from pipeline.run import RunFolder, read_lines, replace_file
 
 
 def take_over_run(config: Config, allow: set[str], logs: str = "") -> RunFolder:
@@ -25,8 +26,21 @@ def take_over_run(config: Config, allow: set[str], logs: str = "") -> RunFolder:
         print("changed since the last start: " + "; ".join(map(str, changes)), flush=True)
         run.record("config", changes=[{"key": c.key, "old": c.old, "new": c.new} for c in changes])
     run.finished.unlink(missing_ok=True)  # written again at the end; a longer duration goes on from here
-    run.describe(to_yaml(config))
+    before = next((c.old for c in changes if c.key == "data.train"), config.data.train)
+    subset = next((c.old for c in changes if c.key == "data.subset"), config.data.subset)
+    # Whether other data is taken turns out when it is opened: see `accept_data`
+    run.describe(to_yaml(replace(config, data=replace(config.data, train=before, subset=subset))))
     return run
+
+
+def accept_data(run: RunFolder, config: Config) -> None:
+    """The start has taken its data: from now on the run's own configuration names it."""
+    if not run.config.exists():
+        return
+    stored = load_config(str(run.config)).config
+    accepted = replace(stored, data=replace(stored.data, train=config.data.train, subset=config.data.subset))
+    if accepted != stored:
+        replace_file(run.config, to_yaml(accepted))
 
 
 def refuse_endless_restarts(run: RunFolder) -> None:

@@ -37,6 +37,7 @@ from pipeline.parallel.engine import StepStats
 from pipeline.pulse import Pulse
 from pipeline.run import read_lines
 from pipeline.stop import StopFlag
+from pipeline.takeover import accept_data
 from pipeline.weights.trained import features_of
 
 Outcome = Literal["finished", "stopped"]
@@ -304,6 +305,7 @@ class Trainer:
         }
         if world.is_main:
             parts.data.record(self.run.data)
+            accept_data(self.run, self.config)
             previous = state.get("written_by", {})
             event = "resume" if reader else "start"
             self.run.record(event, **facts, previous=previous, seconds=round(time.perf_counter() - started, 3))

@@ -136,7 +136,10 @@ def test_train_on_a_mixture_resume_and_change_it(folder, tmp_path, capsys):
         train(run, *settings(folder, 1, 1), "train.duration=6 steps")
     with pytest.raises(UserError, match=r"1 set, was 2 \(.*a, .*b\)"):
         train(run, f"data.train={folder / 'a'}", *settings(folder)[1:], "train.duration=6 steps")
+    own = load_config(str(run / "config.yaml")).config.data.train  # what was refused is not the run's from then on
+    assert own == load_config(None, [*settings(folder), "train.duration=1 epochs"]).config.data.train
     assert train(run, *settings(folder, 7, 3), "train.duration=6 steps") == 0  # the same shares
+    assert load_config(str(run / "config.yaml")).config.data.train[0]["weight"] == 7
     assert train(tmp_path / "whole", *settings(folder), "train.duration=6 steps") == 0
     assert read_digests(run) == read_digests(tmp_path / "whole")
     assert train(run, *settings(folder, 1, 1), "train.duration=8 steps", allow=["data.train"]) == 0
