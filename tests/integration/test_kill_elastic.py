@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from helpers import members, shards_of, write_dataset
-from mixer_process import RUN, Mixer, attempts, history, poll, run_arguments
+from mixer_process import RUN, Mixer, attempts, history, run_arguments, wait_for_progress
 
 from pipeline.cli import run_audit
 from pipeline.run import RunFolder, read_lines
 
-STEPS = 24
+STEPS = 30
 LAYOUTS = [(2, 0), (5, 1), (3, 2), (7, 0), (2, 8), (3, 0), (5, 0), (1, 3)]  # (ranks, workers), each until it is killed
 
 
@@ -46,8 +46,8 @@ def test_killed_in_mid_accumulation_and_gone_on_with_otherwise(tmp_path: Path) -
         mixer = Mixer(
             [*command, f"data.num_workers={workers}", "--nproc", str(ranks)], tmp_path, stretch=0.03, probe=probe
         )
-        assert poll(lambda: attempts(run) > started), mixer.output()  # noqa: B023
-        time.sleep(clock.uniform(0.2, 1.5))
+        wait_for_progress(mixer, run, started, steps=clock.choice([1, 2]))
+        time.sleep(clock.uniform(0, 0.3))
         assert mixer.process.poll() is None, f"it ended before it could be killed:\n{mixer.output()}"
         mixer.kill()
         landed.append(probe.read_bytes().replace(b"\0", b".").decode() if probe.exists() else "")
