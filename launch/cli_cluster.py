@@ -87,7 +87,9 @@ def resubmit(
     settings = [f"run.dir={folder}", *overrides, *typed]
     loaded = load_config(str(folder / "launch" / "config.yaml"), settings).config
     profile = parse_profile({k: v for k, v in old["profile"].items() if v})
-    submission = Submission(loaded, profile, allow, old["chain"], old["then_eval"], kept_template(folder))
+    submission = Submission(
+        loaded, profile, allow, old["chain"], old["then_eval"], kept_template(folder), old["directory"]
+    )
     if dry_run:
         typer.echo(submission.script(), nl=False)
         return

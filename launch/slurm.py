@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Submission:
     chain: int = 1
     then_eval: bool = False
     template: Path | None = None
+    directory: str = field(default_factory=os.getcwd)  # where relative paths of the settings begin
 
     @property
     def run(self) -> RunFolder:
@@ -101,7 +102,7 @@ class Submission:
             "requeue": "",
             "open-mode": "append",
             "output": f"{run}/logs/job-%j.log".replace("%", "%%").replace("%%j.log", "%j.log"),
-            "chdir": os.getcwd(),
+            "chdir": self.directory,
         }
         if launch.cpus_per_node:
             options["cpus-per-task"] = str(launch.cpus_per_node)
@@ -130,6 +131,7 @@ class Submission:
         return {
             "version": 1,
             **frozen,
+            "directory": self.directory,
             "command": sys.argv,
             "user": os.environ.get("USER"),
             "allow": self.allow,

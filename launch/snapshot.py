@@ -49,7 +49,6 @@ def freeze(folder: Path, *, refresh: bool) -> dict[str, Any]:
         "versions": {**versions(), "code": code_digest(code)},
         "host": environment()["host"],
         "time": time.time(),
-        "directory": os.getcwd(),
     }
 
 

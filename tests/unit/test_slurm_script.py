@@ -119,6 +119,24 @@ def test_a_template_of_ones_own(tmp_path):
         submission(template=template).script()
 
 
+def test_resume_submits_what_was_submitted(tmp_path, monkeypatch):
+    """From another folder: relative paths, profile, template and nodes are those of the submission, or as asked now."""
+    from launch.cli_cluster import resubmit
+
+    profile, template = {"account": "physics"}, tmp_path / "own.j2"
+    template.write_text((Path(__file__).parents[2] / "launch/templates/job.sh.j2").read_text() + "# of my own\n")
+    first = submission(str(tmp_path / "run"), profile, "launch.nodes=4", template=template)
+    first.write(refresh=True)
+    there = first.directory
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    monkeypatch.setattr("typer.echo", lambda text, **_: said.append(text))
+    resubmit("run", [], "2-3", "", dry_run=True)
+    again = options(said[0])
+    assert (again["nodes"], again["account"], again["chdir"]) == ("2-3", "physics", there)
+    assert said[0].endswith("# of my own\n")
+
+
 def test_containers(tmp_path):
     pyxis = submission(profile={"container": {"image": "/i.sqsh", "mounts": ["/data:/data"]}}).describe({}, "auto")
     assert pyxis["srun"] == ["--container-image=/i.sqsh", "--container-mounts=/data:/data,/runs/x:/runs/x"]
