@@ -244,7 +244,7 @@ def main() -> None:
             corpus = replicate(images, count, scratch / name)
             rows += measure(name, corpus, _fresh(scratch / "work"), args.repeats)
             shutil.rmtree(corpus)
-        for count in (2000, 8000):
+        for count in (2000, 8000, 30_000):
             corpus = replicate(small, count, scratch / f"memory{count}")
             peak = peak_memory(corpus, _fresh(scratch / "work"))
             rows.append((f"peak memory of packing {count:,} images", f"{peak:,.0f} MB", "", "", ""))
