@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -20,6 +21,7 @@ from data_tools.progress import REPORT_SECONDS, Board
 from data_tools.tasks import Task, run_task
 
 _MAX_LOSSES = 3  # of one task's worker before it counts as the task's fault
+_REACH_SECONDS = 10.0
 _OBJECT_STORE_BYTES = 100 << 20  # results are a few hundred bytes
 
 Item = TypeVar("Item")
@@ -127,6 +129,7 @@ def _cluster(workers: int) -> Iterator[Any]:
     own: dict[str, Any] = {}
     if address == "local":
         own = {"num_cpus": workers or None, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    _ask(address)
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
@@ -138,3 +141,14 @@ def _cluster(workers: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _ask(address: str) -> None:
+    """Raises UserError where nobody listens at a cluster's `HOST:PORT`: Ray would try for minutes and say little."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
+    except OSError as e:
+        raise UserError(f"cannot reach Ray at {address}: {e.strerror or e}; see RAY_ADDRESS") from e

@@ -1,6 +1,8 @@
 """Sharding on a real local Ray: the bytes of the local engine, also when workers or the driver are killed."""
 
 import os
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -100,23 +102,27 @@ def test_contents_are_hashed_on_ray_as_well(tmp_path):
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A Ray that was there before; yields its address."""
+    """A Ray that was there before; yields what a driver's environment needs to join it."""
     ray = str(Path(sys.executable).with_name("ray"))
+    folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # sockets below pytest's own folder would have too long names
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [ray, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--block",
-               "--node-ip-address=127.0.0.1", f"--temp-dir={tempfile.mkdtemp(prefix='r-', dir='/tmp')}",
+               "--node-ip-address=127.0.0.1", f"--temp-dir={folder}",
                "--object-store-memory=100000000", "--disable-usage-stats"]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    join = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **join}
+    del env["RAY_ADDRESS"]
     with open(tmp_path / "head.log", "wb") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
     try:
         wait_until(lambda: reachable(port), head, 60)
-        yield f"127.0.0.1:{port}"
+        yield join
     finally:
         head.terminate()  # with --block it takes the others along
         head.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def reachable(port: int) -> bool:
@@ -129,7 +135,9 @@ def test_a_cluster_that_is_there_is_joined_and_stays(cluster, tmp_path):
     run("shard", corpus, tmp_path / "local", "--max-samples", 10)
     for number in (1, 2):
         run("shard", corpus, tmp_path / f"out{number}", "--max-samples", 10, "--engine", "ray",
-            env={"RAY_ADDRESS": cluster})  # fmt: skip
+            env=cluster)  # fmt: skip
         assert set_files(tmp_path / f"out{number}") == set_files(tmp_path / "local")
-    error = run("shard", corpus, tmp_path / "no", "--engine", "ray", env={"RAY_ADDRESS": "127.0.0.1:1"}, code=1)
+    error = run(
+        "shard", corpus, tmp_path / "no", "--engine", "ray", env={**cluster, "RAY_ADDRESS": "127.0.0.1:1"}, code=1
+    )
     assert "cannot reach Ray at 127.0.0.1:1" in error and "Traceback" not in error
