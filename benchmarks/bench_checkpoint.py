@@ -344,7 +344,7 @@ def main() -> None:
         for role in ROLES:
             begin = time.perf_counter()
             found[role] = run_group(role, args, Path(scratch))
-            print(f"{role}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+            print(f"{role}: {time.perf_counter() - begin:.0f} s {json.dumps(found[role])}", file=sys.stderr, flush=True)
             shutil.rmtree(Path(scratch) / role, ignore_errors=True)
     print(table(found))
     print(THRESHOLDS)
