@@ -319,7 +319,7 @@ def test_memory_does_not_depend_on_the_size_of_the_corpus(tmp_path):
 def test_too_little_space_is_said_before_packing(corpus, tmp_path, monkeypatch):
     usage = engines.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(engines.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(UserError, match="GB are to be written"):
+    with pytest.raises(UserError, match="MB are to be written"):
         shard_corpus(ShardOptions(corpus, tmp_path / "out", workers=1))
     assert not list((tmp_path / "out").glob("*.tar"))
 
