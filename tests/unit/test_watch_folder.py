@@ -19,7 +19,7 @@ from pipeline.logs import StartLogs, new_local_start, starts
 from pipeline.pulse import SIZE, Beat, read_pulse
 from pipeline.run import RunFolder, last_lines
 
-NOW = time.time()
+NOW = time.time() - 1000  # whatever is compared with the clock goes through `now`
 WAITING = "all_reduce (distributed/distributed_c10d.py:3252) < sum (parallel/world.py:61)"
 READING = "read (data/source.py:88) < train (pipeline/trainer.py:1)"
 
@@ -27,6 +27,12 @@ READING = "read (data/source.py:88) < train (pipeline/trainer.py:1)"
 def beat(rank: int, **more: object) -> Beat:
     base = Beat(NOW, rank, 3, f"node{rank}", 1, NOW - 100, "training", 40, NOW - 90, 0.5, 0.1, WAITING)
     return replace(base, **more)  # type: ignore[arg-type]
+
+
+def now(beats: list[Beat]) -> dict[int, Beat]:
+    """As if this module had been imported just now."""
+    late = time.time() - NOW
+    return {b.rank: replace(b, time=b.time + late, since=b.since + late) for b in beats}
 
 
 def write(logs: StartLogs, *beats: Beat) -> None:
@@ -93,15 +99,14 @@ def test_failures_before_processes_were_started_again_are_mended(tmp_path: Path)
     ],
 )
 def test_the_rank_that_others_wait_for(beats: list[Beat], rank: int | None) -> None:
-    found = slowest({b.rank: b for b in beats}, 30.0, stuck=True)
+    found = slowest(now(beats), 30.0, stuck=True)
     assert (found.rank if found else None) == rank
 
 
 def test_a_rank_that_is_merely_slow_is_named_while_it_trains() -> None:
-    beats = {r: beat(r, own_s=0.3 if r == 1 else 0.1) for r in range(3)}
-    found = slowest(beats, 30.0, stuck=False)
+    found = slowest(now([beat(r, own_s=0.3 if r == 1 else 0.1) for r in range(3)]), 30.0, stuck=False)
     assert found and (found.rank, found.host) == (1, "node1")
-    assert slowest({r: beat(r) for r in range(3)}, 30.0, stuck=False) is None
+    assert slowest(now([beat(r) for r in range(3)]), 30.0, stuck=False) is None
 
 
 def test_states_of_runs_on_other_machines(tmp_path: Path) -> None:
@@ -116,8 +121,8 @@ def test_states_of_runs_on_other_machines(tmp_path: Path) -> None:
     fresh = {"time": time.time(), "since": time.time()}
     assert state("a", beat(0, **fresh), beat(1, **fresh), beat(2, **fresh)) == "TRAINING"
     assert state("b", beat(0, **fresh), beat(1, **fresh), beat(2, time=NOW - 60)) == "STALLED"
-    assert state("c", beat(0, **fresh | {"since": NOW - 90}), beat(1, **fresh), beat(2, **fresh)) == "STALLED"
-    assert state("d", beat(0, **fresh | {"since": NOW - 90}, state="loading"), beat(1, **fresh)) == "LOADING"
+    assert state("c", beat(0, **fresh | {"since": time.time() - 90}), beat(1, **fresh), beat(2, **fresh)) == "STALLED"
+    assert state("d", beat(0, **fresh | {"since": time.time() - 90}, state="loading"), beat(1, **fresh)) == "LOADING"
     assert state("e", *(beat(r, time=NOW - 300) for r in range(3))) == "DIED"
     waiting = look([tmp_path / "d"])[0]
     assert (waiting.step, waiting.world_size, waiting.nodes) == (40, 3, ["node0", "node1"])
