@@ -119,7 +119,7 @@ class Trainer:
         end = min(self.schedule.total_steps, stop_at or self.schedule.total_steps)
         stop = self.step >= end
         while not stop:
-            with contextlib.closing(Feed(self._batches, self._display.say)) as feed:
+            with contextlib.closing(Feed(self._batches, self._say_of_rank)) as feed:
                 while not (stop or self.sick.must_roll_back):
                     batches = self._next(feed)
                     stop = batches is None or self._step(batches, end)
@@ -190,6 +190,9 @@ class Trainer:
             name=c.name,
             end_factor=c.end_factor,
         )
+
+    def _say_of_rank(self, text: str) -> None:
+        print(f"rank {self.world.rank}: {text}", flush=True)
 
     def _wait_for_data(self) -> None:
         """The watchdog leaves the end of a wait to data.read_timeout; an index may be read before a sample."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.errors import UserError
-from pipeline.data.decode import decode_image
+from pipeline.data.decode import Shrink, decode_image
 from pipeline.data.source import BadSample, RawSample
 
 _IMAGES = "jpg;jpeg;png;webp;bmp;gif;tif;tiff"
@@ -47,7 +47,8 @@ class StreamSource:
         if not samples:
             raise UserError(f"data.train={urls} is a stream, of unknown length: set data.stream_samples=N")
         self.name, self.digest = f"{urls} (a stream)", f"stream-{zlib.crc32(urls.encode()):08x}-{samples}"
-        self.shard_sizes, self.splits, self.classes = [samples], ["train"], None
+        self.shard_sizes, self.splits = [samples], ["train"]
+        self.classes: list[str] | None = None
         self.num_classes = num_classes
         self._urls, self._seed = urls, seed
         self._pid, self._samples, self._failures = -1, iter(()), 0
@@ -56,13 +57,13 @@ class StreamSource:
                 f"warning: {self.name}: a resume is approximate and an audit impossible; `mixer data index` mends that"
             )
 
-    def read(self, sample_id: int, channels: int) -> RawSample:
+    def read(self, sample_id: int, channels: int, shrink: Shrink | None = None) -> RawSample:
         """The stream's next sample, whatever `sample_id` is."""
         if self._pid != os.getpid():  # a worker of its own; the first id it is asked for tells it from others
             self._pid, self._samples = os.getpid(), self._stream(sample_id)
         data, label = next(self._samples)
         try:
-            return RawSample(decode_image(data, channels), int(label), zlib.crc32(data))
+            return RawSample(decode_image(data, channels, shrink), int(label), zlib.crc32(data))
         except ValueError as e:
             raise BadSample(f"{self.name}: {e}") from e
 
@@ -71,6 +72,12 @@ class StreamSource:
 
     def keys(self, shard: int) -> np.ndarray:
         raise UserError(f"{self.name}: a stream has no subsets; index it first (`mixer data index`)")
+
+    def labels(self) -> np.ndarray:
+        raise UserError(f"{self.name}: the labels of a stream are not known before it is read; index it first")
+
+    def sample_name(self, sample_id: int) -> str:
+        return f"{self.name} {sample_id}"
 
     def _stream(self, first: int) -> Iterator[tuple[bytes, Any]]:
         webdataset: Any = importlib.import_module("webdataset")  # most of it is unknown to type checkers
