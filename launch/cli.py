@@ -32,12 +32,16 @@ app = typer.Typer(
 )
 launch_app = typer.Typer(no_args_is_help=True, help="Start trainings: on this machine, on SLURM, on hosts.")
 
-app.command()(shard)
-for command in (status, logs, why, stop, plan, doctor):
-    app.command()(command)
-app.add_typer(data_app, name="data")
-app.add_typer(launch_app, name="launch")
-app.add_typer(checkpoint_app, name="checkpoint")
+# In the order in which people need them; `mixer --help` shows the panels as they first appear here
+DATA, TRAINING, WATCHING, MODELS = "Data", "Training", "Watching", "Models"
+app.command(rich_help_panel=DATA)(shard)
+app.add_typer(data_app, name="data", rich_help_panel=DATA)
+for command in (plan, doctor):
+    app.command(rich_help_panel=TRAINING)(command)
+app.add_typer(launch_app, name="launch", rich_help_panel=TRAINING)
+for command in (status, logs, why, stop):
+    app.command(rich_help_panel=WATCHING)(command)
+app.add_typer(checkpoint_app, name="checkpoint", rich_help_panel=WATCHING)
 launch_app.command("slurm")(launch_slurm)
 launch_app.command("torchrun")(launch_torchrun)
 
@@ -46,7 +50,7 @@ Allow = Annotated[str, typer.Option(help="Keys that a resumed run may change alt
 Nproc = Annotated[int | None, typer.Option(min=1, help="Processes on this machine. Default: one a GPU.")]
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING)
 def train(
     config: Annotated[str, typer.Argument(help="A recipe's name, or the path of a YAML file.")],
     overrides: Overrides = None,
@@ -98,7 +102,7 @@ def train(
     raise typer.Exit(run_training(loaded.config, allowed, here.logs, here.pulse))
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING)
 def resume(
     run: Annotated[str, typer.Argument(help="A run folder.")],
     overrides: Overrides = None,
@@ -157,7 +161,7 @@ def launch_local(
     train(config, overrides, nproc, allow, False, False)
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=MODELS)
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run, one of its checkpoints, or what `mixer import` made.")],
     overrides: Overrides = None,
@@ -185,7 +189,7 @@ def evaluate(
     raise typer.Exit(run_eval(run, checkpoint, ema, overrides or [], real))
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def fewshot(
     run: Annotated[str, typer.Argument(help="A run, one of its checkpoints, or what `mixer import` made.")],
     data: Annotated[str, typer.Argument(help="Shards or a folder of images: shots are chosen from its train split.")],
@@ -220,7 +224,7 @@ def fewshot(
     raise typer.Exit(run_fewshot(run, data, test, checkpoint, ema, overrides or [], numbers, seeds, pool, l2))
 
 
-@app.command()
+@app.command(rich_help_panel=WATCHING)
 def audit(
     run: Annotated[str, typer.Argument(help="A run folder.")],
     overrides: Overrides = None,
@@ -240,7 +244,7 @@ def audit(
     raise typer.Exit(run_audit(run, overrides or []))
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def export(
     run: Annotated[str, typer.Argument(help="A run folder.")],
     out: Annotated[Path | None, typer.Argument(help="File (timm: folder). Default: in RUN/export.")] = None,
@@ -262,7 +266,7 @@ def export(
     raise typer.Exit(run_export(run, out, form, checkpoint, ema, dtype))
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING)
 def finetune(
     source: Annotated[str, typer.Argument(help="A run, one of its checkpoints, or what `mixer import` made.")],
     overrides: Overrides = None,
@@ -292,7 +296,7 @@ def finetune(
     train(recipe, settings, nproc, "", print_config, smoke)
 
 
-@app.command("import")
+@app.command("import", rich_help_panel=MODELS)
 def import_weights(
     source: Annotated[str, typer.Argument(help="An .npz or .safetensors file, a timm folder, a run, a checkpoint.")],
     out: Annotated[Path, typer.Argument(help="A new folder.")],
