@@ -196,7 +196,7 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(tmp_path, data, undistu
     mixer = launch(run, data, stretch=0.03)
     for _ in range(2):
         wait_for_progress(mixer, run, 0, steps=current_step(run)[1] + 3)
-        os.kill(worker_of(mixer, 1), signal.SIGKILL)
+        os.kill(worker_of(mixer, 0), signal.SIGKILL)
     assert mixer.wait() == 0, mixer.output()
     assert "starting the loader again" in mixer.output() and "Traceback" not in mixer.output()
     assert sum(e["event"] in ("start", "resume") for e in read_lines(RunFolder(run).events)) == 1
