@@ -39,10 +39,12 @@ class StreamSource:
     """
 
     def __init__(self, urls: str, *, samples: int | None, seed: int, num_classes: int | None, allow_pipe: bool):
-        if not allow_pipe and (urls.startswith("pipe:") or "://" in urls):
+        # Whatever webdataset expands (`::`, braces), a scheme needs a colon: in the text, or out of the environment
+        if not allow_pipe and (re.search("[:$]", urls) or "GOPEN_REWRITE" in os.environ):
             raise UserError(
-                f"data.train={urls}: webdataset runs a shell for `pipe:` and for URLs; if you trust that text, set "
-                "data.allow_pipe=true. Or make the set exact: `mixer data index`"
+                f"data.train={urls}: webdataset runs a shell for `pipe:` and for URLs (anything with `:` or `$` in it, "
+                "or with GOPEN_REWRITE set); if you trust that text, set data.allow_pipe=true. Or make the set exact: "
+                "`mixer data index`"
             )
         if not samples:
             raise UserError(f"data.train={urls} is a stream, of unknown length: set data.stream_samples=N")

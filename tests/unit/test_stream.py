@@ -12,6 +12,7 @@ from helpers import TINY_MODEL, picture, png, train
 from data_tools.errors import UserError
 from pipeline.audit import audit
 from pipeline.config import load_config
+from pipeline.data.stream import StreamSource
 from pipeline.run import RunFolder, read_ledger
 
 
@@ -47,6 +48,28 @@ def test_a_shell_runs_only_where_it_is_allowed(tars, tmp_path):
     with pytest.raises(UserError, match=r"data\.allow_pipe=true"):
         train(tmp_path / "run", "data.train=http://127.0.0.1:9/a.tar", "data.stream_samples=20")
     assert train(tmp_path / "run", *where, "data.allow_pipe=true", "train.duration=2 steps") == 0
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        "{tars}/a-000.tar::pipe:touch {mark} #.tar",
+        "{{{tars}/a-000,pipe:touch {mark} #}}.tar",
+        "gs:'; touch {mark}; '.tar",
+        "{tars}/${{name}}.tar",
+        "{tars}/a-000.tar",
+    ],
+)
+def test_no_disguise_gets_a_shell(tars, tmp_path, monkeypatch, urls):
+    mark = tmp_path / "ran"
+    monkeypatch.setenv("WDS_name", f"pipe:touch {mark} #")
+    if urls == "{tars}/a-000.tar":
+        monkeypatch.setenv("GOPEN_REWRITE", f".*=pipe:touch {mark} #")
+    with pytest.raises(UserError, match=r"data\.allow_pipe=true"):
+        source = StreamSource(urls.format(tars=tars, mark=mark), samples=20, seed=0, num_classes=4, allow_pipe=False)
+        for i in range(20):
+            source.read(i, 3)
+    assert not mark.exists()
 
 
 def test_refusals(tars, tmp_path):
