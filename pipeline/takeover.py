@@ -68,7 +68,10 @@ def permitted_changes(run: RunFolder, config: Config, allow: set[str]) -> list[C
         UserError: a key changed that a resume may not change, or only after --allow.
     """
     old = load_config(str(run.config)).config if run.config.exists() else None
-    if old is None or not any(committed_steps(root) for c in (old, config) for root in checkpoint_places(c)):
+    places = [checkpoint_places(c) for c in (old, config)] if old else []
+    # The mirrors last: one that is out of reach matters only where nothing is here
+    roots = [*(p[0] for p in places), *(mirror for p in places for mirror in p[1:])]
+    if old is None or not any(map(committed_steps, roots)):
         return []
     changes = [c for c in diff_configs(old, config) if c.key != "run.dir"]
     moved = [c for c in changes if c.key == "checkpoint.dir"]

@@ -424,7 +424,7 @@ class Trainer:
         if self.world.is_main:
             seconds = {"seconds": round(result.seconds, 3), "stall": round(result.stall, 4)}
             self.run.record("save", attempt=self.attempt, step=result.step, **seconds, **self._written_by())
-            with contextlib.suppress(CheckpointError):  # pruned or out of reach meanwhile: it is only a picture
+            with contextlib.suppress(CheckpointError, OSError):  # pruned or out of reach: it is only a picture
                 self._show_weights(result.step)
 
     def _finish_saving(self) -> None:
@@ -570,7 +570,12 @@ class Trainer:
         if not self.world.is_main:
             return self.world.broadcast(None)
         metric = self.config.checkpoint.best
-        best, mine = best_score(self.run.checkpoints, metric), score(self.metrics, metric)
+        mine = score(self.metrics, metric)
+        try:
+            best = best_score(self.run.checkpoints, metric)
+        except (OSError, CheckpointError) as e:  # the others wait for an answer: not known to be the best
+            self._display.say(f"warning: step {self.step} is not compared with the saved checkpoints: {e}")
+            return self.world.broadcast(False)
         return self.world.broadcast(mine is not None and (best is None or mine > best[0]))
 
     def _log(self, stats: StepStats, norm: Tensor) -> None:

@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from data_tools.errors import UserError
-from pipeline.checkpoint.place import MANIFEST, blocks, read_range, read_range_into, size, write_durably
+from pipeline.checkpoint.place import MANIFEST, blocks, read, read_range, read_range_into, size, write_durably
 from pipeline.parallel.engine import BUFFER, EMA, MOMENTS, WEIGHT, Piece
 
 FORMAT_VERSION = 1
@@ -43,6 +43,10 @@ Key = tuple[str, str]  # (name, kind)
 
 class CheckpointError(UserError):
     """A checkpoint that is damaged, incomplete or of another model."""
+
+
+class CheckpointUnreadable(CheckpointError):
+    """It cannot be read now (an outage, a sick disk); that says nothing of its content."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +153,9 @@ class CheckpointManifest:
 
     @staticmethod
     def load(folder: Path) -> CheckpointManifest:
-        """Raises CheckpointError where it is missing, unreadable or of a newer version."""
+        """Raises CheckpointError where it is missing, damaged or of a newer version; CheckpointUnreadable."""
         try:
-            raw = json.loads((folder / MANIFEST).read_text())
+            raw = json.loads(read(folder / MANIFEST))
             if raw["version"] != FORMAT_VERSION:
                 raise CheckpointError(
                     f"{folder}: checkpoint format {raw['version']}, this release reads "
@@ -164,7 +168,9 @@ class CheckpointManifest:
             return CheckpointManifest(**raw)
         except FileNotFoundError:
             raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except OSError as e:
+            raise CheckpointUnreadable(f"{folder}/{MANIFEST} cannot be read now: {e}") from e
+        except (ValueError, KeyError, TypeError) as e:
             raise CheckpointError(f"{folder}/{MANIFEST} is damaged ({type(e).__name__}: {e})") from e
 
 
@@ -191,14 +197,16 @@ class CheckpointReader:
         self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
 
     def state(self) -> dict[str, Any]:
-        """state.json: step, order, optimizer step and the like. Raises CheckpointError where it is damaged."""
+        """state.json: step, order, optimizer step and the like. Raises CheckpointError, CheckpointUnreadable."""
         try:
-            text = (self.folder / STATE).read_bytes()
+            text = read(self.folder / STATE)
             if xxhash.xxh3_128_hexdigest(text) != self.manifest.state_hash:
                 raise ValueError("its hash is not the manifest's")
             return json.loads(text)
-        except (OSError, ValueError) as e:
+        except (FileNotFoundError, ValueError) as e:
             raise CheckpointError(f"{self.folder / STATE} is damaged: {e}") from e
+        except OSError as e:
+            raise CheckpointUnreadable(f"{self.folder / STATE} cannot be read now: {e}") from e
 
     def has(self, name: str, kind: str) -> bool:
         return (name, kind) in self.manifest.tensors

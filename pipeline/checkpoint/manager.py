@@ -10,13 +10,14 @@ hash, the union of pieces is checked, rank 0 writes the manifest last. A folder 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -25,6 +26,7 @@ from pipeline.checkpoint.layout import (
     CheckpointError,
     CheckpointManifest,
     CheckpointReader,
+    CheckpointUnreadable,
     FileRecord,
     Key,
     check_coverage,
@@ -35,19 +37,23 @@ from pipeline.checkpoint.place import (
     STEP_NAME,
     committed_steps,
     copy_file,
+    is_committed,
     make_folder,
     move,
     names,
     publish,
+    read,
     remove_tree,
     step_folder,
     sync_folder,
+    withdraw,
     write_durably,
 )
 from pipeline.parallel.engine import Piece
 from pipeline.parallel.world import World
 
-READ_PAUSES = (1.0, 5.0, 0.0)  # seconds after each try to read a checkpoint that may be out of reach for a moment
+T = TypeVar("T")
+READ_PAUSES = (1.0, 5.0)  # seconds after each failed try to read a checkpoint that may be out of reach for a moment
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,18 @@ def best_score(root: Path, metric: str | None = None) -> tuple[float, int] | Non
     """(`score`, step) of the checkpoint that was evaluated best; the later of equals; None where none was evaluated.
 
     `metric` None: `checkpoint.best` of the run when it wrote the newest checkpoint.
+
+    Raises:
+        CheckpointUnreadable, OSError: one cannot be read now; it may be the best.
     """
     manifests = []
     for step in committed_steps(root):
-        with contextlib.suppress(CheckpointError):
+        try:
             manifests.append(CheckpointManifest.load(step_folder(root, step)))
+        except CheckpointUnreadable:
+            raise
+        except CheckpointError:
+            continue
     if not manifests:
         return None
     metric = metric or manifests[-1].written_by.get("best", "top1")
@@ -111,7 +124,7 @@ def choose(root: Path, which: str) -> Path:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    (folder / MANIFEST).unlink()  # first: a half-deleted folder must not look like a checkpoint
+    withdraw(folder)  # first: a half-deleted folder must not look like a checkpoint
     remove_tree(folder)
 
 
@@ -152,8 +165,9 @@ class CheckpointManager:
                 )
             )
         except CheckpointError:
-            if self.world.is_main and not (folder / MANIFEST).exists():
-                remove_tree(folder)  # a full disk must not stay full of debris
+            with contextlib.suppress(OSError):
+                if self.world.is_main and not is_committed(folder):
+                    remove_tree(folder)  # a full disk must not stay full of debris
             raise
         return time.perf_counter() - started
 
@@ -172,7 +186,7 @@ class CheckpointManager:
 
         def commit() -> None:
             copy_file(source / STATE, target / STATE)
-            publish(target / MANIFEST, (source / MANIFEST).read_bytes())
+            publish(target / MANIFEST, read(source / MANIFEST))
             self._prune(target.parent)
 
         self._together(lambda: commit() if self.world.is_main else None)
@@ -191,7 +205,7 @@ class CheckpointManager:
 
     def _prepare(self, folder: Path) -> None:
         if folder.exists():  # debris of a crash, or a step that is saved again after walking back
-            (folder / MANIFEST).unlink(missing_ok=True)
+            withdraw(folder)
             remove_tree(folder)
         make_folder(folder)
 
@@ -213,7 +227,7 @@ class CheckpointManager:
         publish(folder / MANIFEST, manifest.to_json().encode())
         sync_folder(self.root)
         # From here on the checkpoint exists: what fails now is housekeeping, and tried again after the next save
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, CheckpointUnreadable):
             publish(self.root / "LATEST", folder.name.encode() + b"\n")
             self._prune(self.root)
 
@@ -223,10 +237,11 @@ class CheckpointManager:
 
     def clean(self) -> None:
         """Removes folders that a crash left without a manifest. Only at a start, when nobody is writing."""
-        if self.world.is_main:
-            for name in names(self.root):
-                if STEP_NAME.fullmatch(name) and not (self.root / name / MANIFEST).exists():
-                    remove_tree(self.root / name)
+        for root in self._roots if self.world.is_main else []:
+            with contextlib.suppress(OSError):  # out of reach: at another start
+                for name in names(root):
+                    if STEP_NAME.fullmatch(name) and not is_committed(root / name):
+                        remove_tree(root / name)
         self.world.barrier()
 
     def newest_good(self, warn: Callable[[str], None]) -> CheckpointReader | None:
@@ -235,9 +250,9 @@ class CheckpointManager:
         Ranks share the hashing; rank 0 says which checkpoint is looked at, so all take the same one.
 
         Raises:
-            CheckpointError: checkpoints exist, but not one of them is whole.
+            CheckpointError: checkpoints exist, but not one of them is whole; or they cannot be read now.
         """
-        folders = self.world.broadcast(self._newest_first() if self.world.is_main else None)
+        folders = self._together(lambda: self._newest_first(warn) if self.world.is_main else [])[0]
         damaged: list[tuple[Path, str]] = []
         for folder in folders:
             damage = self._damage(folder)
@@ -245,8 +260,11 @@ class CheckpointManager:
                 if self.world.is_main:
                     for broken, why in damaged:
                         # Out of the way: retention would count it and prune a good one instead
-                        aside = move(broken, f"damaged-{broken.name}-{time.time_ns()}")
-                        warn(f"checkpoint {broken} is damaged and set aside as {aside.name}: {why}")
+                        try:
+                            aside = f"set aside as {move(broken, f'damaged-{broken.name}-{time.time_ns()}').name}"
+                        except OSError as e:
+                            aside = f"cannot be set aside now ({e})"
+                        warn(f"checkpoint {broken} is damaged and {aside}: {why}")
                 return CheckpointReader(folder)
             damaged.append((folder, damage))
         if damaged:  # a start from the beginning must be somebody's decision
@@ -256,10 +274,25 @@ class CheckpointManager:
             )
         return None
 
-    def _newest_first(self) -> list[Path]:
-        """All checkpoints here and on the mirror; of one step, the one here first."""
-        roots = [self.root, *([self.mirror] if self.mirror else [])]
-        found = [(-step, i, step_folder(root, step)) for i, root in enumerate(roots) for step in committed_steps(root)]
+    @property
+    def _roots(self) -> list[Path]:
+        return [self.root, *([self.mirror] if self.mirror else [])]
+
+    def _newest_first(self, warn: Callable[[str], None]) -> list[Path]:
+        """All checkpoints here and on the mirror; of one step, the one here first.
+
+        Raises:
+            OSError: they cannot be listed now. Of the mirror it is a warning, where there are checkpoints here.
+        """
+        found: list[tuple[int, int, Path]] = []
+        for i, root in enumerate(self._roots):
+            try:
+                steps = _retried(functools.partial(committed_steps, root))
+                found += [(-step, i, step_folder(root, step)) for step in steps]
+            except OSError as e:
+                if not found:  # a start from the beginning must be somebody's decision
+                    raise OSError(f"{root} cannot be read now ({e}); mend that and start again") from e
+                warn(f"the mirror {root} cannot be read now, only the checkpoints in {self.root} are looked at: {e}")
         return [folder for _, _, folder in sorted(found, key=lambda f: f[:2])]
 
     def _damage(self, folder: Path) -> str | None:
@@ -268,14 +301,10 @@ class CheckpointManager:
         Raises:
             CheckpointError: it cannot be read now. It may be whole, so nobody must go on from an older one.
         """
-        unreadable = None
-        for pause in READ_PAUSES:
-            try:
-                mine, unreadable = self._my_damage(folder), None
-                break
-            except OSError as e:
-                mine, unreadable = None, str(e)
-                time.sleep(pause)
+        try:
+            mine, unreadable = _retried(lambda: self._my_damage(folder)), None
+        except OSError as e:
+            mine, unreadable = None, str(e)
         found = self.world.gather((mine, unreadable))
         reason = next((u for _, u in found if u), None)
         if reason:
@@ -287,5 +316,17 @@ class CheckpointManager:
             reader = CheckpointReader(folder)
             reader.state()
             return reader.damage(reader.manifest.files[self.world.rank :: self.world.size])
+        except CheckpointUnreadable as e:
+            raise OSError(str(e)) from e
         except CheckpointError as e:
             return str(e)
+
+
+def _retried(work: Callable[[], T]) -> T:
+    """What `work` returns; tried again while it raises OSError, which may be over in a moment."""
+    for pause in READ_PAUSES:
+        try:
+            return work()
+        except OSError:
+            time.sleep(pause)
+    return work()

@@ -1,17 +1,20 @@
 """Where checkpoints lie: a local or shared folder, or an object store; the few operations that differ between them.
 
 A place is a `Path`, or for a URL (`s3://`, `gs://`, `memory://`, ...) universal_pathlib's `UPath`, which has the same
-methods over fsspec. On a store a PUT is atomic and durable by itself: no temporary names, nothing to sync.
+methods over fsspec. On a store a PUT is atomic and durable by itself: no temporary names, nothing to sync. Whatever
+error a store's client has for an outage, from here it comes as an OSError.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -19,6 +22,34 @@ if TYPE_CHECKING:
 MANIFEST = "MANIFEST.json"  # its presence makes a folder a checkpoint
 STEP_NAME = re.compile(r"step-(\d{8,})")
 _BLOCK = 8 << 20
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def is_local(path: Path) -> bool:
+    return "://" not in str(path)
+
+
+@contextlib.contextmanager
+def _store_errors(path: Path) -> Iterator[None]:
+    """A store's client has errors of its own (botocore's for an outage is no OSError): raised as OSError here."""
+    try:
+        yield
+    except Exception as e:
+        if is_local(path) or isinstance(e, OSError):
+            raise
+        raise OSError(f"{path}: {type(e).__name__}: {e}") from e
+
+
+def _on_store(operation: Callable[Concatenate[Path, _P], _T]) -> Callable[Concatenate[Path, _P], _T]:
+    """`_store_errors` around an operation on a path."""
+
+    @functools.wraps(operation)
+    def run(path: Path, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with _store_errors(path):
+            return operation(path, *args, **kwargs)
+
+    return run
 
 
 def place(location: str | Path, storage_options: dict[str, Any] | None = None) -> Path:
@@ -47,13 +78,20 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def committed_steps(root: Path) -> list[int]:
-    """Steps of the checkpoints that exist, ascending."""
+    """Steps of the checkpoints that exist, ascending. Raises OSError."""
     found = [int(m[1]) for name in names(root) if (m := STEP_NAME.fullmatch(name))]
-    return sorted(s for s in found if (step_folder(root, s) / MANIFEST).exists())
+    return sorted(s for s in found if is_committed(step_folder(root, s)))
 
 
-def is_local(path: Path) -> bool:
-    return "://" not in str(path)
+@_on_store
+def is_committed(folder: Path) -> bool:
+    return (folder / MANIFEST).exists()
+
+
+@_on_store
+def withdraw(folder: Path) -> None:
+    """Removes the manifest, if there is one: from now on the folder is no checkpoint."""
+    (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
@@ -61,6 +99,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+@_on_store
 def write_durably(path: Path, content: Iterable[bytes | memoryview]) -> None:
     """Writes a new file; when this returns its content survives a power cut (its name only after `sync_folder`)."""
     with path.open("wb") as f:
@@ -92,6 +131,7 @@ def copy_file(source: Path, target: Path) -> None:
     write_durably(target, blocks(source))
 
 
+@_on_store
 def publish(path: Path, data: bytes) -> None:
     """Writes a small file so that readers see all of it or nothing."""
     if not is_local(path):
@@ -114,6 +154,7 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
+@_on_store
 def remove_tree(path: Path) -> None:
     """Removes a folder and what is in it; one that is gone already is no error."""
     if is_local(path):
@@ -122,6 +163,7 @@ def remove_tree(path: Path) -> None:
         path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
 
 
+@_on_store
 def move(path: Path, name: str) -> Path:
     """Renames a folder inside its parent and returns its new place."""
     target = path.parent / name
@@ -131,6 +173,7 @@ def move(path: Path, name: str) -> Path:
     return target
 
 
+@_on_store
 def names(folder: Path) -> list[str]:
     """Names in a folder; none where it does not exist."""
     if not is_local(folder):
@@ -138,15 +181,22 @@ def names(folder: Path) -> list[str]:
     return [p.name for p in folder.iterdir()] if folder.is_dir() else []
 
 
+@_on_store
 def size(path: Path) -> int:
     """Bytes. Raises OSError where it is missing."""
     return path.stat().st_size
 
 
+@_on_store
+def read(path: Path) -> bytes:
+    """All of a small file. Raises OSError."""
+    return path.read_bytes()
+
+
 def blocks(path: Path) -> Iterator[bytes | memoryview]:
     """The content, in large blocks; each is valid until the next is asked for."""
     if not is_local(path):
-        with path.open("rb") as f:
+        with _store_errors(path), path.open("rb") as f:
             while block := f.read(_BLOCK):
                 yield block
         return
@@ -165,6 +215,7 @@ def read_range(path: Path, start: int, length: int) -> bytearray:
     return data
 
 
+@_on_store
 def read_range_into(path: Path, start: int, space: memoryview) -> None:
     """Fills `space` with the bytes from `start` on. Raises OSError where there are fewer."""
     length, at = len(space), 0

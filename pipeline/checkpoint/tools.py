@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint.layout import CheckpointError, CheckpointReader, Key
+from pipeline.checkpoint.layout import CheckpointError, CheckpointReader, CheckpointUnreadable, Key
 from pipeline.checkpoint.manager import Retention, best_step, committed_steps, remove_checkpoint, step_folder
 
 
@@ -29,7 +30,9 @@ class Listed:
 
 def listing(root: Path) -> list[Listed]:
     """Every checkpoint of a run, ascending."""
-    best = best_step(root)
+    best = None
+    with contextlib.suppress(CheckpointUnreadable):  # its line says why
+        best = best_step(root)
     rows = []
     for step in committed_steps(root):
         folder = step_folder(root, step)

@@ -270,3 +270,111 @@ def test_training_goes_on_while_checkpoints_cannot_be_written(tmp_path):
     assert "checkpoint at step 6 failed, the previous one stays" in out.stdout
     assert committed_steps(tmp_path / "run" / "checkpoints") == [3, 8]
     assert not step_folder(tmp_path / "run" / "checkpoints", 6).exists()
+
+
+# ------------------------------------------------------------------------------------------------- outages
+
+
+class Flaky:
+    """Path methods that fail a few times on files of one name, as a sick file server does."""
+
+    def __init__(self, monkeypatch, name: str, times: int):
+        self.times = times
+        for method in ("read_bytes", "read_text"):
+            real = getattr(Path, method)
+            monkeypatch.setattr(Path, method, lambda p, *a, real=real, **k: self._call(real, name, p, *a, **k))
+
+    def _call(self, real: Any, name: str, path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == name and self.times > 0:
+            self.times -= 1
+            raise OSError(5, "Input/output error")
+        return real(path, *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "state.json"])
+def test_a_read_error_is_no_damage(run, monkeypatch, name):
+    monkeypatch.setattr(manager, "READ_PAUSES", (0.0, 0.0))
+    run.save(1)
+    run.save(2)
+    flaky = Flaky(monkeypatch, name, times=2)
+    assert run.newest_step() == 2
+    flaky.times = 99
+    with pytest.raises(CheckpointError, match=r"cannot be read now .*Input/output error"):
+        run.newest()
+    flaky.times = 0
+    assert run.newest_step() == 2 and run.warnings == []
+
+
+def test_an_unreadable_best_is_not_pruned(tmp_path, world, monkeypatch):
+    run = Run(tmp_path, world, keep_last=1)
+    run.save(1, top1=0.9)
+    flaky = Flaky(monkeypatch, MANIFEST, times=99)
+    run.save(2, top1=0.1)  # committed, although the housekeeping could not be done
+    flaky.times = 0
+    run.save(3, top1=0.2)
+    assert committed_steps(run.root) == [1, 3] and best_step(run.root) == 1
+
+
+class Outage(Exception):
+    """What a store's client raises when nobody answers: like botocore's, no OSError."""
+
+
+def with_mirror(tmp_path: Path, world: World, mirror: Path) -> Run:
+    run = Run(tmp_path / "checkpoints", world)
+    run.manager.mirror = mirror
+    return run
+
+
+def out_of_reach(monkeypatch, store: Path) -> None:
+    def no_answer(*args: Any, **kwargs: Any) -> Any:
+        raise Outage("Could not connect to the endpoint URL")
+
+    for method in ("exists", "info", "isdir", "ls", "find", "open", "cat_file", "rm", "mv"):
+        monkeypatch.setattr(type(store.fs), method, no_answer)  # type: ignore[attr-defined]
+
+
+def test_an_outage_of_a_store_is_an_os_error(tmp_path, world, monkeypatch):
+    monkeypatch.setattr(manager, "READ_PAUSES", (0.0,))
+    root = place.place(f"memory://{tmp_path.name}")
+    run = Run(root, world)
+    run.save(1, top1=0.5)
+    with monkeypatch.context() as patch:
+        out_of_reach(patch, root)
+        for read in (
+            lambda: committed_steps(root),
+            lambda: best_step(root),
+            lambda: list(place.blocks(root / "file")),
+            lambda: place.read(root / "file"),
+            lambda: place.write_durably(root / "file", [b""]),
+        ):
+            with pytest.raises(OSError, match="Outage: Could not connect"):
+                read()
+        with pytest.raises(CheckpointError, match=r"cannot be read now .*Could not connect"):
+            run.newest()
+        with pytest.raises(CheckpointError, match="Could not connect"):
+            run.save(2)
+    assert run.newest_step() == 1 and run.warnings == []
+
+
+def test_debris_on_the_mirror_is_cleaned(tmp_path, world):
+    run = with_mirror(tmp_path, world, tmp_path / "mirror")
+    run.save(1)
+    run.manager.copy_to_mirror(1)
+    debris = tmp_path / "mirror" / "step-00000002"
+    debris.mkdir()
+    (debris / "rank-00000-of-00001.safetensors").write_bytes(b"half")
+    run.manager.clean()
+    assert not debris.exists() and committed_steps(tmp_path / "mirror") == [1]
+
+
+def test_a_start_without_the_mirror(tmp_path, world, monkeypatch):
+    monkeypatch.setattr(manager, "READ_PAUSES", (0.0,))
+    mirror = place.place(f"memory://{tmp_path.name}")
+    run = with_mirror(tmp_path, world, mirror)
+    out_of_reach(monkeypatch, mirror)
+    with pytest.raises(CheckpointError, match="cannot be read now"):  # the only copy may lie there
+        run.newest()
+    run.save(1)
+    assert run.newest_step() == 1
+    assert len(run.warnings) == 1 and "the mirror" in run.warnings[0]
+    run.manager.clean()

@@ -444,6 +444,17 @@ def test_a_save_that_is_too_slow_warns_and_the_next_one_waits(tmp_path, monkeypa
     assert_same_run(tmp_path / "run", reference)
 
 
+def test_checkpoints_out_of_reach_do_not_end_training(tmp_path, monkeypatch, capsys):
+    from pipeline import trainer
+
+    def no_answer(*args: Any) -> Any:
+        raise OSError(5, "no answer")
+
+    monkeypatch.setattr(trainer, "best_score", no_answer)
+    assert train(tmp_path / "run", "data.val=synthetic", "eval.batch_size=500", "eval.every=3 steps") == 0
+    assert "step 3 is not compared with the saved checkpoints: [Errno 5] no answer" in capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------------------------- smoke
 
 
