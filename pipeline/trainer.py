@@ -490,6 +490,8 @@ class Trainer:
             )
         self.step, self.samples = state["step"], state["samples"]
         self.saved_at = self._save_begun_at = self.step
+        self.metrics = dict(reader.manifest.metrics)
+        self.evaluated_at = self.step if self.metrics else -1  # what was evaluated beyond is of weights undone
         self.attempt = self.world.broadcast(self.run.next_attempt() if self.world.is_main else None)
         self._ledger = self._open_ledger()
         if self.world.is_main:

@@ -87,6 +87,16 @@ def test_sick_steps_in_a_row_are_undone_and_their_samples_passed_over(tmp_path, 
     assert [p for _, p, _ in read_digests(run).values()] == [*positions, 192, 208]
 
 
+def test_after_a_rollback_the_new_weights_are_evaluated(tmp_path, monkeypatch):
+    poison({1 + 6, 1 + 7}, monkeypatch)
+    run = tmp_path / "run"
+    settings = ("health.max_skipped=2", "checkpoint.every=4 steps", "data.val=synthetic", "eval.batch_size=500")
+    assert train(run, "train.duration=8 steps", *settings, "eval.every=2 steps") == 0
+    events = read_lines(run / "events.jsonl")
+    assert [e["step"] for e in events if e["event"] == "rollback"] == [4]
+    assert [e["step"] for e in events if e["event"] == "eval"] == [2, 4, 6, 6, 8]
+
+
 def test_a_second_rollback_remembers_what_the_first_one_passed_over(tmp_path, monkeypatch):
     poison({1 + 6, 1 + 7, 1 + 10, 1 + 11}, monkeypatch)  # steps 6 and 7; after the rollback to 4: steps 7 and 8
     run = tmp_path / "run"
