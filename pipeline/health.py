@@ -20,6 +20,7 @@ from pipeline.parallel.world import World
 from pipeline.pulse import Pulse
 
 EXIT_HUNG = 76  # retryable: the launcher starts the processes again
+_LAST_WORDS_SECONDS = 30.0  # for a process that hangs to write down why
 
 
 class Watchdog:
@@ -83,16 +84,32 @@ class Watchdog:
         while not self._over.wait(min(self._timeout / 4, 10.0)):
             silent = time.monotonic() - self._beat
             if silent > self._timeout and not self._paused:
-                self._log.parent.mkdir(parents=True, exist_ok=True)
-                with open(self._log, "a") as f:
-                    f.write(f"{socket.gethostname()} pid {os.getpid()}: no step for {silent:.0f} s\n")
-                    f.flush()
-                    faulthandler.dump_traceback(f, all_threads=True)
-                    os.fsync(f.fileno())
-                message = f"no step for {silent:.0f} s (health.timeout); stacks are in {self._log}"
-                self._on_hang(TimeoutError(message))
-                print(message, flush=True)
-                os._exit(EXIT_HUNG)
+                self._leave(silent)
+
+    def _leave(self, silent: float) -> None:
+        """Ends the process whatever becomes of its last words: a full disk raises, a stale mount may never answer."""
+        late = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (EXIT_HUNG,))
+        late.daemon = True
+        late.start()
+        try:
+            message = f"no step for {silent:.0f} s (health.timeout); "
+            try:
+                self._write_stacks(silent)
+                message += f"stacks are in {self._log}"
+            except OSError as e:
+                message += f"its stacks could not be written: {e}"
+            print(message, flush=True)
+            self._on_hang(TimeoutError(message))
+        finally:
+            os._exit(EXIT_HUNG)
+
+    def _write_stacks(self, silent: float) -> None:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._log, "a") as f:
+            f.write(f"{socket.gethostname()} pid {os.getpid()}: no step for {silent:.0f} s\n")
+            f.flush()
+            faulthandler.dump_traceback(f, all_threads=True)
+            os.fsync(f.fileno())
 
 
 @dataclass

@@ -144,3 +144,23 @@ where_it_hangs()
     assert done.returncode == EXIT_HUNG
     assert "where_it_hangs" in log.read_text()
     assert "health.timeout" in done.stdout
+
+
+@pytest.mark.parametrize("disk", ["full", "stale"])
+def test_a_hang_ends_the_process_also_where_nothing_can_be_written(tmp_path: Path, disk: str):
+    log = Path("/dev/full") if disk == "full" else tmp_path / "pipe"  # a pipe that nobody reads blocks open()
+    if disk == "stale":
+        os.mkfifo(log)
+    code = f"""
+import time
+from pathlib import Path
+from pipeline import health
+health._LAST_WORDS_SECONDS = 1.0
+def on_hang(error):
+    raise OSError("nor can this")
+health.Watchdog(0.4, Path({str(log)!r}), on_hang=on_hang)
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == EXIT_HUNG
+    assert ("could not be written" in done.stdout) == (disk == "full")
