@@ -92,7 +92,7 @@ def test_after_a_rollback_the_new_weights_are_evaluated(tmp_path, monkeypatch):
     run = tmp_path / "run"
     settings = ("health.max_skipped=2", "checkpoint.every=4 steps", "data.val=synthetic", "eval.batch_size=500")
     assert train(run, "train.duration=8 steps", *settings, "eval.every=2 steps") == 0
-    events = read_lines(run / "events.jsonl")
+    events = list(read_lines(run / "events.jsonl"))
     assert [e["step"] for e in events if e["event"] == "rollback"] == [4]
     assert [e["step"] for e in events if e["event"] == "eval"] == [2, 4, 6, 6, 8]
 
