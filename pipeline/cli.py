@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.errors import UserError
-from pipeline.config import Config, load_config
+from pipeline.config import Config, Duration, load_config
 from pipeline.logs import StartLogs
 from pipeline.pulse import Pulse
 from pipeline.run import RunFolder, read_lines, replace_file
@@ -51,7 +51,7 @@ def run_training(config: Config, allow: set[str], logs: StartLogs | None = None,
     from pipeline.parallel.world import World
     from pipeline.trainer import Trainer
 
-    world = World.join()
+    world = World.join(group_timeout(config))
     with group_left_last(world):
         problem = None
         if world.is_main:
@@ -69,6 +69,12 @@ def run_training(config: Config, allow: set[str], logs: StartLogs | None = None,
                 RunFolder(config.run.dir).record("all_reduce", world_size=world.size, gb_per_s=speed)
         outcome = Trainer(build(config, world, allow), flag=flag, logs=logs, pulse=pulse).train()
         return 0 if outcome == "finished" else EXIT_SAVED
+
+
+def group_timeout(config: Config) -> float:
+    """Seconds until a collective gives up: later than any rank's watchdog, which writes down where everybody stands."""
+    stuck, reading = (Duration.parse(text).seconds() for text in (config.health.timeout, config.data.read_timeout))
+    return 2 * stuck + 2 * reading + 120
 
 
 @contextlib.contextmanager

@@ -62,12 +62,12 @@ class Watchdog:
     @contextlib.contextmanager
     def paused(self, state: str) -> Iterator[None]:
         """While something slow has timeouts of its own: "loading", or "saving" (the wait for a save)."""
-        self._paused = True
+        before, self._paused = self._paused, True
         try:
             with self.busy(state):
                 yield
         finally:
-            self._paused = False
+            self._paused = before
 
     @contextlib.contextmanager
     def busy(self, state: str) -> Iterator[None]:

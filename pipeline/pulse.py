@@ -92,7 +92,7 @@ class Pulse:
     def step(self, step: int, own_s: float) -> None:
         """`step` is complete; own_s: seconds of it before this rank met the others."""
         now, b = time.time(), self._beat
-        took = now - self._last_step if self._last_step else 0.0
+        took = now - self._last_step if self._last_step else b.step_s
         smooth = 0.8 if b.step_s else 0.0
         self._beat = replace(
             b,

@@ -89,6 +89,7 @@ class Trainer:
         self._positions: dict[int, tuple[int, int]] = {}  # step -> (epoch, position), of the latest steps
         self._own_seconds: list[float] = []
         self._rollbacks: dict[int, int] = {}
+        self._watchdog = Watchdog(math.inf, self.logs.stacks(self.world.rank), enabled=False)  # until it starts
         self._display = Display(0, 0, quiet=True)
         self._quiet = quiet or not self.world.is_main
         self._writer: MetricWriter | None = None
@@ -343,8 +344,7 @@ class Trainer:
         )
 
     def _end(self) -> Outcome:
-        with self._watchdog.paused("saving"):
-            self._finish_saving()
+        self._finish_saving()
         finished = self.step >= self.schedule.total_steps
         outcome: Outcome = "finished" if finished else "stopped"
         if self.world.is_main:
@@ -384,14 +384,15 @@ class Trainer:
         self._ledger.sync()
         metrics = self.metrics if self.evaluated_at == self.step else {}
         slow = self.saver.busy
-        previous = self.saver.save(
-            self.step,
-            [*self.engine.owned(), *self.parts.average.pieces()],
-            tensors=self.engine.tensors() | self.parts.average.tensors(),
-            state=self.state(),
-            metrics=metrics,
-            written_by={**self._written_by(), "attempt": self.attempt, "best": self.config.checkpoint.best},
-        )
+        with self._watchdog.paused("saving"):  # the one before may be slow
+            previous = self.saver.save(
+                self.step,
+                [*self.engine.owned(), *self.parts.average.pieces()],
+                tensors=self.engine.tensors() | self.parts.average.tensors(),
+                state=self.state(),
+                metrics=metrics,
+                written_by={**self._written_by(), "attempt": self.attempt, "best": self.config.checkpoint.best},
+            )
         self._last_save, self._retry_save_at = time.monotonic(), math.inf
         stall = time.perf_counter() - started
         self._clock.stall += stall
@@ -435,7 +436,9 @@ class Trainer:
         """
         tries = 3
         while True:
-            self._book(self.saver.wait())
+            with self._watchdog.paused("saving"):
+                result = self.saver.wait()
+            self._book(result)
             if self._save_begun_at == self.step:
                 return
             if not tries:
@@ -467,7 +470,9 @@ class Trainer:
         batch = self.config.train.global_batch_size
         skips = tuple((epoch, at, at + batch) for epoch, at in (self._positions[s] for s in range(first, last + 1)))
         self.sick.forget()
-        self._book(self.saver.wait())
+        with self._watchdog.paused("saving"):
+            result = self.saver.wait()
+        self._book(result)
         reader = self.parts.checkpoints.newest_good(warn=self._warn_damage)
         if reader is None:
             raise UserError(

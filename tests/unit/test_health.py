@@ -15,7 +15,9 @@ from data_tools.errors import UserError
 from pipeline.checkpoint.layout import CheckpointReader
 from pipeline.checkpoint.manager import choose
 from pipeline.health import EXIT_HUNG, SickSteps
+from pipeline.parallel.world import World
 from pipeline.run import read_digests, read_lines, read_metrics
+from pipeline.trainer import Trainer
 
 
 def poison(bad: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,3 +166,47 @@ time.sleep(60)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert done.returncode == EXIT_HUNG
     assert ("could not be written" in done.stdout) == (disk == "full")
+
+
+# A training whose first save takes longer than a step may
+SLOW_SAVE = """
+import time
+from pathlib import Path
+from helpers import train
+from pipeline.checkpoint.manager import CheckpointManager
+original = CheckpointManager.save
+def save(self, step, **rest):
+    time.sleep(7.0 if step == 1 else 0.0)
+    original(self, step, **rest)
+CheckpointManager.save = save
+sys.exit(train(Path(sys.argv[1]), "checkpoint.every=1 steps", "health.timeout=4 s", "train.duration=3 steps"))
+"""
+
+
+def test_a_slow_save_is_no_hang(tmp_path):
+    done = subprocess.run(script(SLOW_SAVE, tmp_path / "run"), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [e["step"] for e in read_lines(tmp_path / "run" / "events.jsonl") if e["event"] == "save"] == [1, 2, 3]
+
+
+def test_collectives_wait_longer_than_the_watchdogs(tmp_path, monkeypatch):
+    class Joined(Exception):
+        pass
+
+    def join(timeout_s: float = 0.0) -> World:
+        raise Joined(timeout_s)
+
+    monkeypatch.setattr(World, "join", join)
+    with pytest.raises(Joined) as e:
+        train(tmp_path / "run", "health.timeout=40 min", "data.read_timeout=10 min")
+    # the rank that others wait for may be in a read, and two steps apart
+    assert e.value.args[0] > (40 + 2 * 10 + 1) * 60
+
+
+def test_a_start_that_fails_says_why(tmp_path, monkeypatch):
+    def fail(self: Trainer) -> None:
+        raise ValueError("the cause")
+
+    monkeypatch.setattr(Trainer, "_start", fail)
+    with pytest.raises(ValueError, match="the cause"):
+        train(tmp_path / "run")
