@@ -28,7 +28,7 @@ class Feed:
         self._make, self._say = make, say
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._got: queue.SimpleQueue[list[Batch] | BaseException] = queue.SimpleQueue()
-        self._busy = False
+        self._busy = self._closed = False
         self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
         self._thread.start()
 
@@ -55,6 +55,7 @@ class Feed:
 
     def close(self) -> None:
         """Ends the thread and the loader's workers, whatever they are doing."""
+        self._closed = True
         if self._busy:  # in the middle of a read that may take minutes
             _kill_workers()
         self._wanted.put(False)
@@ -77,6 +78,8 @@ class Feed:
                     break
                 except (RuntimeError, OSError, EOFError) as e:
                     batches = None
+                    if self._closed:
+                        return
                     restarts += 1
                     # What a DataLoader says of a worker that was killed; while it handed over a batch, it is the
                     # connection that breaks

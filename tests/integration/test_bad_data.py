@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,6 +150,32 @@ def test_a_consumer_that_stops_early_leaves_no_process(tmp_path):
     assert isinstance(again, list) and np.array_equal(again[0].images, first[0].images)
     feed.close()
     assert multiprocessing.active_children() == []
+
+
+def test_a_feed_closed_while_it_waits_makes_no_new_loader():
+    from pipeline.data.augment import TrainTransform
+    from pipeline.data.loader import Share, TrainSamples, train_batches
+    from pipeline.data.order import SampleOrder
+    from pipeline.data.synthetic import SyntheticSource
+
+    class Hanging(SyntheticSource):
+        def read(self, sample_id: int, channels: int, shrink: Any = None) -> Any:
+            time.sleep(600)
+
+    samples = TrainSamples(
+        Hanging("train", image_size=8, num_classes=3), TrainTransform(8, 0), channels=3, num_classes=3
+    )
+    order = SampleOrder([64], manifest_sha="", seed=0, global_batch_size=BATCH)
+    made, said = [], []
+
+    def make() -> Any:
+        made.append(True)
+        return train_batches(samples, order, Share.of(0, 1, BATCH, None), num_workers=2)
+
+    feed = Feed(make, said.append)
+    assert feed.next(give_up=lambda: len(multiprocessing.active_children()) == 2) is None
+    feed.close()
+    assert multiprocessing.active_children() == [] and said == [] and len(made) == 1
 
 
 # --------------------------------------------------------------------------------------- real processes, slow
