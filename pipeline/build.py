@@ -24,7 +24,7 @@ from pipeline.data.node_cache import CachePlan, NodeCache
 from pipeline.data.order import Order, rank_slots
 from pipeline.data.pixel_order import pixel_order
 from pipeline.data.randaugment import RandAugment
-from pipeline.data.sets import TrainingData, open_data
+from pipeline.data.sets import TrainingData, open_data, unused_epoch
 from pipeline.data.source import EVAL_SPLITS, Access, SampleSource, TarSource, open_source
 from pipeline.data.store import is_url
 from pipeline.data.stream import StreamSource, is_stream
@@ -158,8 +158,7 @@ class Parts:
         batch = self.config.train.global_batch_size
         stored = state["order"]
         if not self.data.matches(stored) and "data.train" in self.allow:
-            fresh = self.order.state  # the new data's first epoch, under a number that was not used before
-            self.order.state = replace(fresh, epoch=stored["epoch"] + 1)
+            self.order.state = replace(self.order.state, epoch=unused_epoch(stored))
         else:
             self.order = self.data.resume(stored, global_batch_size=batch, facts=self.run.data)
         self.schedule = Schedule.of(

@@ -212,6 +212,18 @@ class TrainingData:
         return quotas([s.weight for s in self.sets], sum(_quotas(stored)))
 
 
+def unused_epoch(stored: dict[str, Any]) -> int:
+    """A number above every epoch that a stored order has begun: for other data to begin under, so that what stays of
+    the data is not seen again in the same order and augmentation."""
+    block, slot = divmod(stored["position"], sum(_quotas(stored)))
+    # The epochs of a mixture's sets run ahead of its own: at most as if the block's slots so far were all the set's
+    begun = [
+        (block * s["quota"] + min(s["quota"], slot)) // (s["samples"] // s["lanes"] * s["lanes"])
+        for s in stored.get("sets", ())
+    ]
+    return stored["epoch"] + 1 + max(begun, default=0)
+
+
 def _digests(stored: dict[str, Any]) -> list[str]:
     return [s["manifest_sha"] for s in stored.get("sets", [stored])]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from helpers import members, shards_of, train, write_dataset
 from data_tools.errors import UserError
 from pipeline.build import open_training_data, open_val
 from pipeline.config import load_config
+from pipeline.data.sets import unused_epoch
 from pipeline.data.source import TarSource
 from pipeline.data.subset import Subset
 from pipeline.data.synthetic import SyntheticSource
@@ -143,7 +145,21 @@ def test_train_on_a_mixture_resume_and_change_it(folder, tmp_path, capsys):
     assert train(tmp_path / "whole", *settings(folder), "train.duration=6 steps") == 0
     assert read_digests(run) == read_digests(tmp_path / "whole")
     assert train(run, *settings(folder, 1, 1), "train.duration=8 steps", allow=["data.train"]) == 0
-    assert list(read_digests(run).values())[6][:2] == (1, 0)
+    assert list(read_digests(run).values())[6][:2] == (4, 0)  # above all that the sets were in
+
+
+@pytest.mark.parametrize("steps", [1, 6, 100, 300])
+def test_other_data_begins_above_every_epoch_that_a_set_was_in(folder, steps):
+    """No sample of a set that stays is seen again in an epoch (and so with an augmentation) it was seen in."""
+    before, after = (
+        open_training_data(load_config(None, [*settings(folder, *w), "train.duration=1 epochs"]).config)
+        for w in ((0.7, 0.3), (0.5, 0.5))
+    )
+    old, new = (d.begin(seed=0, global_batch_size=16) for d in (before, after))
+    old.state = replace(old.state, position=16 * steps)
+    seen = old.draw(0, np.arange(old.state.position))
+    again = new.draw(unused_epoch(old.state.to_dict()), np.arange(2000))
+    assert not set(zip(*map(np.ndarray.tolist, seen))) & set(zip(*map(np.ndarray.tolist, again)))
 
 
 # ------------------------------------------------------------------------------- differences are named
