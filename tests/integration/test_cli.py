@@ -116,11 +116,6 @@ def test_resume_of_something_else(tmp_path: Path) -> None:
     assert "not a run folder" in complaint(mixer("resume", tmp_path))
 
 
-def test_eval_without_a_val_split(finished: Path) -> None:
-    text = complaint(mixer("eval", finished))
-    assert "no val split" in text and "data.val=" in text
-
-
 def test_eval_of_an_unknown_checkpoint(finished: Path) -> None:
     text = complaint(mixer("eval", finished, "data.val=synthetic", "--checkpoint", "step-5"))
     assert "step-5" in text and "step-4, step-8" in text

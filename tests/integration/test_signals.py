@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from mixer_process import (
     STEPS,
+    STRETCH,
     Mixer,
     assert_same_run,
     current_step,
@@ -57,14 +58,16 @@ def test_launcher_agent_and_terminal(
     run, before = tmp_path / "run", shared_memory()
     command = ["launch", "local", *run_arguments(run), "--nproc", "2"]
     for attempt, (target, number) in enumerate(signals):
-        mixer = Mixer(command, tmp_path)
+        # The launcher alone does not know whether the others heard of it: it asks as `mixer stop` does,
+        # and rank 0 looks for that every two seconds only
+        asks = (target, number) == ("launcher", INT)
+        mixer = Mixer(command, tmp_path, stretch=0.2 if asks else STRETCH)
         wait_for_progress(mixer, run, attempt)
         if target == "terminal":  # Ctrl-C reaches every process of the foreground group
             os.killpg(mixer.process.pid, number)
         else:
             os.kill(mixer.agent() if target == "agent" else mixer.process.pid, number)
-        # The launcher alone does not know whether the others heard of it: it asks as `mixer stop` does
-        assert_saved_and_gone(mixer, run, "mixer stop" if (target, number) == ("launcher", INT) else number.name)
+        assert_saved_and_gone(mixer, run, "mixer stop" if asks else number.name)
         assert not RunFolder(run).stop.exists()
         command = ["resume", str(run)]
     mixer = Mixer(command, tmp_path)

@@ -192,7 +192,7 @@ def test_a_loader_that_returns_other_bytes_is_found(tmp_path, shards, monkeypatc
     from pipeline.data.source import TarSource
 
     read = TarSource.read
-    monkeypatch.setattr(TarSource, "read", lambda self, i, channels: read(self, (i + (i == 7)) % 75, channels))
+    monkeypatch.setattr(TarSource, "read", lambda self, i, *how: read(self, (i + (i == 7)) % 75, *how))
     assert train(tmp_path / "run", f"data.train={shards}", *SETTINGS) == 0
     monkeypatch.undo()
     faults = audited(tmp_path / "run").faults
@@ -273,7 +273,7 @@ def test_a_mixture_that_reads_the_wrong_set_is_found(tmp_path, shards, monkeypat
     from pipeline.data.sets import JoinedSource
 
     read = JoinedSource.read
-    monkeypatch.setattr(JoinedSource, "read", lambda self, i, channels: read(self, i if i != 75 else 3, channels))
+    monkeypatch.setattr(JoinedSource, "read", lambda self, i, *how: read(self, i if i != 75 else 3, *how))
     write_dataset(tmp_path / "b", {"train": [members(20, first=100)]})
     data = f"data.train=[{{path: {shards}, weight: 1}}, {{path: {tmp_path / 'b'}, weight: 1}}]"
     assert train(tmp_path / "run", data, *SETTINGS) == 0

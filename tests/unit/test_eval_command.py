@@ -54,6 +54,12 @@ def evaluated(run: Path, *overrides: str, real: Path | None = None) -> dict:
     return json.loads(next((run / "eval").glob("step-*.json")).read_text())
 
 
+def test_a_set_without_a_val_split(run, tmp_path):
+    alone = write_dataset(tmp_path, {"train": [[Member(png(picture(i, 9, 11)), 0) for i in range(5)]]}, CLASSES)
+    with pytest.raises(UserError, match=r"no val split.*data\.val="):
+        evaluated(run, f"data.train={alone}")
+
+
 def test_report_table_and_picture(run, guesses, capsys):
     report = evaluated(run)
     truth = np.arange(COUNT) % CLASSES

@@ -92,8 +92,9 @@ def test_memory_does_not_grow_over_epochs(folder):
         found.append((own_memory(), workers()))
     pids = found[0][1]
     assert len(pids) == 2 and all(p == pids for _, p in found)  # not started anew at any epoch's end
-    # At first workers come to have copies of what they inherited: reference counts are written to
-    assert max(m for m, _ in found[3:]) - found[2][0] < 2_000_000
+    # At first workers come to have copies of what they inherited: reference counts are written to. They inherit what
+    # the tests before left behind as well; a leak of every fourth image would show.
+    assert max(m for m, _ in found[3:]) - found[2][0] < 6_000_000
 
 
 def test_a_consumer_that_stops_early_leaves_nothing_behind(folder):
