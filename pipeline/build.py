@@ -318,7 +318,7 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
             order,
             source,
             node_slots(world, batch, mix),
-            read_ahead=-(-c.data.num_workers * max(2, share.micro_steps) // share.micro_steps) + 1,
+            read_ahead=-(-c.data.num_workers * share.read_ahead(c.data.num_workers) // share.micro_steps) + 1,
             first_rank=world.rank - world.local_rank,
             local_rank=world.local_rank,
         )

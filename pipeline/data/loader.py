@@ -172,6 +172,10 @@ class Share:
         micro = min(micro_batch_size or largest, largest)
         return Share(first, last, micro, -(-largest // micro))
 
+    def read_ahead(self, num_workers: int) -> int:
+        """Micro-batches that each loader worker has at a time: two steps' over all workers, and at least two."""
+        return max(2, -(-2 * self.micro_steps // max(1, num_workers)))
+
 
 class MicroBatches(Sampler):
     """Endless: one `Request` a micro-batch, beginning at `state`."""
@@ -229,7 +233,8 @@ def train_batches(
     samples.failure = None
     requests = MicroBatches(order, order.state, share, mixup)
     rows = share.micro_batch_size + (2 if mixup else 0)
-    ahead, held = max(2, share.micro_steps), 2 * share.micro_steps  # this step's and, while it is fetched, the last's
+    held = 2 * share.micro_steps  # this step's and, while it is fetched, the last's
+    ahead = share.read_ahead(num_workers)
     batches = iter(make_loader(samples, requests, rows, held, num_workers, ahead, pin_memory))
     while True:
         step = [next(batches) for _ in range(share.micro_steps)]

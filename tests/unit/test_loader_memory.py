@@ -67,6 +67,12 @@ def test_few_buffers_are_used_again_and_again(folder, mixup):
     assert len(set(places)) <= 2 * 2 + 4
 
 
+def test_reading_ahead_does_not_grow_with_workers_times_accumulation(folder):
+    """8 micro-batches a step, 4 workers: two steps ahead, two held, however many workers."""
+    places = [b.images.data_ptr() for step in islice(stream(folder, workers=4, micro=2), 20) for b in step]
+    assert len(set(places)) <= 2 * 8 + 2 * 8
+
+
 def test_a_view_keeps_its_buffer():
     pool = BufferPool(2, 100)
     first, second, none = pool.take(), pool.take(), pool.take()
