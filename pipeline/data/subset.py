@@ -38,6 +38,12 @@ class Subset:
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         return self.ids[positions].astype(np.int64)
 
+    def __reduce__(self) -> tuple:
+        """A mapped file goes to another process by its path."""
+        if isinstance(self.ids, np.memmap):
+            return _mapped, (self.ids.filename, self.ids.dtype, self.shard_sizes, self.digest)
+        return Subset, (self.ids, self.shard_sizes, self.digest)
+
     @staticmethod
     def of(source: _Keyed, share: Fraction, folder: Path | None = None) -> Subset:
         """Reads the keys of all samples, shard by shard.
@@ -65,6 +71,10 @@ class Subset:
         starts = np.concatenate([[0], np.cumsum(source.shard_sizes)])
         sizes = np.diff(np.searchsorted(ids, starts.astype(dtype)))
         return Subset(ids, sizes.tolist(), digest)
+
+
+def _mapped(path: Path, dtype: np.dtype, shard_sizes: list[int], digest: str) -> Subset:
+    return Subset(np.memmap(path, dtype, mode="r"), shard_sizes, digest)
 
 
 def subset_digest(digest: str, share: Fraction) -> str:
