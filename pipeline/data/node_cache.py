@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 _PREFIX = "mixer-cache-"
+_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before another prefetcher is started
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -129,13 +130,19 @@ class NodeCache:
             stdin.write(pickle.dumps(job))
 
     def _watch(self) -> None:
-        """A prefetcher that was killed is started again; readers go to the store meanwhile."""
+        """A prefetcher that was killed is started again; readers go to the store meanwhile.
+
+        One that ends again within a minute is waited for twice as long as the last, up to a minute."""
+        pause = _PAUSE
         while not self._closing.is_set():
-            process = self._process
+            process, begun = self._process, time.monotonic()
             assert process is not None
             process.wait()
-            if self._closing.wait(1.0):
+            if time.monotonic() - begun > _LONGEST_PAUSE:
+                pause = _PAUSE
+            if self._closing.wait(pause):
                 return
+            pause = min(2 * pause, _LONGEST_PAUSE)
             print(f"warning: the prefetcher ended with code {process.returncode}; starting another", flush=True)
             self._spawn()
 

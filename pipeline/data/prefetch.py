@@ -4,7 +4,7 @@ The order is a formula, so what the node's ranks will read, when, and for the la
 the order of their first use, up to `ahead` steps before it; those that no step ahead needs any more are deleted when
 their room is needed, the longest unneeded first. The folder never holds more bytes than the limit.
 
-    python -m pipeline.data.prefetch      a `Job` on stdin; ends with its parent, or at SIGTERM
+    python -m pipeline.data.prefetch      a `Job` on stdin; ends with its parent, or with its folder
 
 Progress comes through a file of the folder, replaced after each step. Nothing depends on this process: if it dies,
 `pipeline.data.node_cache` starts another, which goes on with the files that are there. Imports no torch.
@@ -339,7 +339,7 @@ def _on_disk(size: int) -> int:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGUSR2):  # for the training, whose process group this is in
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):  # for the training, whose process group this is in
         signal.signal(number, signal.SIG_IGN)
     job: Job = pickle.load(sys.stdin.buffer)
     _die_with(job.parent)
