@@ -69,11 +69,21 @@ class Segment:
 class LedgerWriter:
     """Appends what one rank did, for one attempt.
 
-    What a full disk does not take is kept in memory and written with the next step: it must not end a training.
+    What a full disk does not take is kept in memory (`unwritten`) and written with the next step or sync: it must not
+    end a training. The writer of the next attempt begins with it.
     """
 
     def __init__(
-        self, folder: Path, rank: int, *, attempt: int, first: int, last: int, batch: int, file_bytes: int = FILE_BYTES
+        self,
+        folder: Path,
+        rank: int,
+        *,
+        attempt: int,
+        first: int,
+        last: int,
+        batch: int,
+        file_bytes: int = FILE_BYTES,
+        unwritten: bytes = b"",
     ):
         self.folder, self.rank, self.attempt = folder, rank, attempt
         self.first, self.last, self.batch = first, last, batch
@@ -81,7 +91,7 @@ class LedgerWriter:
         self._number = max((number_of(p) for p in ledger_files(folder, rank) if p.suffix == ".ledger"), default=0)
         self._next: tuple[int, int, int] | None = None  # step, epoch, position that would continue the segment
         self._count = 0
-        self._unwritten = b""
+        self.unwritten = unwritten
 
     def add(self, step: int, epoch: int, position: int, digest: int, masked: Masked | None = None) -> None:
         text = f"{digest:016x}"
@@ -98,6 +108,8 @@ class LedgerWriter:
 
     def sync(self) -> None:
         """What a checkpoint includes must be provable after a power cut."""
+        if self.unwritten:
+            self._write(b"")
         with contextlib.suppress(OSError), open(self._path(), "rb") as f:
             os.fsync(f.fileno())
 
@@ -108,12 +120,12 @@ class LedgerWriter:
         return self.folder / f"rank-{self.rank:05d}.{self._number:03d}.ledger"
 
     def _write(self, data: bytes) -> None:
-        self._unwritten += data
+        self.unwritten += data
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self._path(), "ab", buffering=0) as f:
-                while self._unwritten:
-                    self._unwritten = self._unwritten[f.write(self._unwritten) :]
+                while self.unwritten:
+                    self.unwritten = self.unwritten[f.write(self.unwritten) :]
                 if f.tell() >= self._limit:
                     os.fsync(f.fileno())
                     self._number, self._next = self._number + 1, None

@@ -323,11 +323,17 @@ class Trainer:
         self._last_save = time.monotonic()
         self._show_next_batch = True
 
-    def _open_ledger(self) -> LedgerWriter:
-        """For this attempt."""
-        share, batch = self.parts.share, self.config.train.global_batch_size
+    def _open_ledger(self, unwritten: bytes = b"") -> LedgerWriter:
+        """For this attempt; `unwritten` is what the previous one's writer could not write."""
+        share = self.parts.share
         return LedgerWriter(
-            self.run.ledger, self.world.rank, attempt=self.attempt, first=share.first, last=share.last, batch=batch
+            self.run.ledger,
+            self.world.rank,
+            attempt=self.attempt,
+            first=share.first,
+            last=share.last,
+            batch=self.config.train.global_batch_size,
+            unwritten=unwritten,
         )
 
     def _open_writer(self) -> None:
@@ -498,7 +504,7 @@ class Trainer:
         self.metrics = dict(reader.manifest.metrics)
         self.evaluated_at = self.step if self.metrics else -1  # what was evaluated beyond is of weights undone
         self.attempt = self.world.broadcast(self.run.next_attempt() if self.world.is_main else None)
-        self._ledger = self._open_ledger()
+        self._ledger = self._open_ledger(self._ledger.unwritten)
         if self.world.is_main:
             self.run.record(
                 "rollback",

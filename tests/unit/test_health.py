@@ -15,6 +15,7 @@ from data_tools.errors import UserError
 from pipeline.checkpoint.layout import CheckpointReader
 from pipeline.checkpoint.manager import choose
 from pipeline.health import EXIT_HUNG, SickSteps
+from pipeline.ledger import LedgerReader
 from pipeline.parallel.world import World
 from pipeline.run import read_digests, read_lines, read_metrics
 from pipeline.trainer import Trainer
@@ -97,6 +98,32 @@ def test_after_a_rollback_the_new_weights_are_evaluated(tmp_path, monkeypatch):
     events = list(read_lines(run / "events.jsonl"))
     assert [e["step"] for e in events if e["event"] == "rollback"] == [4]
     assert [e["step"] for e in events if e["event"] == "eval"] == [2, 4, 6, 6, 8]
+
+
+def test_a_rollback_keeps_what_the_ledger_could_not_take(tmp_path, monkeypatch):
+    """The ledger's folder is out of the way from step 5 until after the rollback, as on a full disk."""
+    poison({1 + 6, 1 + 7}, monkeypatch)
+    run = tmp_path / "run"
+    ledger, aside = run / "ledger", run / "aside"
+    complete, roll_back = Trainer._complete_step, Trainer._roll_back
+
+    def complete_step(self, batches):
+        if self.step == 4 and not aside.exists():
+            ledger.rename(aside)
+            ledger.write_text("in the way")
+        complete(self, batches)
+
+    def roll_back_and_mend(self):
+        roll_back(self)
+        ledger.unlink()
+        aside.rename(ledger)
+        monkeypatch.setattr(Trainer, "_complete_step", complete)
+
+    monkeypatch.setattr(Trainer, "_complete_step", complete_step)
+    monkeypatch.setattr(Trainer, "_roll_back", roll_back_and_mend)
+    assert train(run, "train.duration=8 steps", "health.max_skipped=2", "checkpoint.every=4 steps") == 0
+    steps = [(s.attempt, step) for s in LedgerReader(ledger, 0) for step in range(s.step, s.end)]
+    assert steps == [(0, s) for s in range(1, 8)] + [(1, s) for s in range(5, 9)]
 
 
 def test_a_second_rollback_remembers_what_the_first_one_passed_over(tmp_path, monkeypatch):

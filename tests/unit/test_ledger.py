@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from pipeline.ledger import LedgerReader, LedgerWriter, ledger_files
 Row = tuple[int, int, int, int, int, list]  # attempt, step, epoch, position, digest, masked
 
 
-def writer(folder: Path, attempt: int = 0, **options: int) -> LedgerWriter:
+def writer(folder: Path, attempt: int = 0, **options: Any) -> LedgerWriter:
     return LedgerWriter(folder, 3, attempt=attempt, first=8, last=12, batch=16, **options)
 
 
@@ -92,6 +93,18 @@ def test_a_full_disk_loses_nothing(tmp_path):
     folder.unlink()
     ledger.add(3, 0, 32, 7)
     assert read(folder) == [(0, 1, 0, 0, 5, []), (0, 2, 0, 16, 6, [[9, 1, "bad"]]), (0, 3, 0, 32, 7, [])]
+
+
+def test_a_sync_and_the_next_attempt_write_what_a_full_disk_did_not_take(tmp_path):
+    folder = tmp_path / "ledger"
+    folder.write_text("in the way")
+    ledger = writer(folder)
+    ledger.add(1, 0, 0, 5)
+    later = LedgerWriter(folder, 3, attempt=1, first=8, last=12, batch=16, unwritten=ledger.unwritten)
+    later.add(1, 0, 16, 6)
+    folder.unlink()
+    later.sync()
+    assert read(folder) == [(0, 1, 0, 0, 5, []), (1, 1, 0, 16, 6, [])]
 
 
 def test_a_segments_part():
