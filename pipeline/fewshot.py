@@ -19,11 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data_tools.errors import UserError
 from pipeline.data.augment import EvalTransform
-from pipeline.data.loader import Batch, TrainSamples, eval_batches
+from pipeline.data.loader import Batch, EvalBatches, TrainSamples, eval_batches
 from pipeline.data.source import SampleSource
 from pipeline.evaluate import raise_together
 from pipeline.parallel.world import World
@@ -172,7 +171,7 @@ class FewShot:
         fitted = {n: p for part in world.gather(mine) for n, p in part.items()}
         return [Probe(*(torch.from_numpy(t).to(world.device) for t in fitted[n])) for n in range(len(picked))]
 
-    def _batches(self, samples: TrainSamples, ids: np.ndarray | None, world: World) -> DataLoader:
+    def _batches(self, samples: TrainSamples, ids: np.ndarray | None, world: World) -> EvalBatches:
         return eval_batches(
             samples,
             rank=world.rank,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +15,8 @@ from contextlib import suppress
 
 from data_tools.errors import UserError
 from pipeline.data.loader import Batch
+from pipeline.data.workers import MAX_RESTARTS, is_lost_worker, silence_lost_workers
 
-MAX_RESTARTS = 3  # of the loader, without a batch in between
 _POLL = 0.2  # seconds between two looks at whether to go on waiting
 
 
@@ -37,9 +36,7 @@ class Feed:
 
         Raises whatever else went wrong in the loader.
         """
-        if threading.current_thread() is threading.main_thread():
-            # Where an evaluation's DataLoader left its handler, a killed worker would raise in the middle of a step
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        silence_lost_workers()  # an evaluation's too
         if not self._busy:
             self._wanted.put(True)
             self._busy = True
@@ -81,10 +78,7 @@ class Feed:
                     if self._closed:
                         return
                     restarts += 1
-                    # What a DataLoader says of a worker that was killed; while it handed over a batch, it is the
-                    # connection that breaks
-                    lost = "DataLoader worker" in str(e) or not isinstance(e, RuntimeError)
-                    if not lost or restarts > MAX_RESTARTS:
+                    if not is_lost_worker(e) or restarts > MAX_RESTARTS:  # without a batch in between
                         self._got.put(e)
                         break
                     self._say(f"warning: a loader worker was lost ({_first_line(e)}); starting the loader again")

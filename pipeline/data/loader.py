@@ -20,7 +20,7 @@ from pipeline.data.augment import EvalTransform, TrainTransform, keep_mask
 from pipeline.data.mixup import MixUp
 from pipeline.data.order import Order, key, rank_slots
 from pipeline.data.source import BadSample, SampleSource
-from pipeline.data.workers import make_loader
+from pipeline.data.workers import MAX_RESTARTS, is_lost_worker, make_loader, silence_lost_workers
 
 PADDING = -1
 
@@ -252,7 +252,7 @@ def eval_batches(
     batch_size: int,
     num_workers: int,
     ids: np.ndarray | None = None,
-) -> DataLoader:
+) -> EvalBatches:
     """Each sample of the split (of `ids`, where given) exactly once over all ranks; as many batches on every rank."""
     samples.failure = None
     total = sum(samples.source.shard_sizes) if ids is None else len(ids)
@@ -264,7 +264,43 @@ def eval_batches(
     epochs = np.zeros(batch_size, dtype=np.int64)
     requests = [Request(epochs, ids[i : i + batch_size]) for i in range(0, padded, batch_size)]
     # Short splits do not pay for starting workers
-    return make_loader(samples, requests, batch_size, 2, min(num_workers, len(requests) // 4))
+    return EvalBatches(samples, requests, batch_size, min(num_workers, len(requests) // 4))
+
+
+class EvalBatches:
+    """One batch a request, as often as it is iterated over.
+
+    What a lost worker had is made again. Where workers are lost again and again, the batches that are left say so by
+    their `failure`: this rank goes on to the end all the same, the others need it in their collectives.
+    """
+
+    def __init__(self, samples: TrainSamples, requests: list[Request], rows: int, num_workers: int):
+        self._samples, self._requests, self._rows, self._num_workers = samples, requests, rows, num_workers
+        self._loader = self._make(0)
+
+    def _make(self, first: int) -> DataLoader:
+        workers = 0 if self._samples.failure else self._num_workers
+        return make_loader(self._samples, self._requests[first:], self._rows, 2, workers)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader, done, losses = self._loader, 0, 0
+        while done < len(self):
+            try:
+                batches = iter(loader)
+                silence_lost_workers()
+                for batch in batches:
+                    done += 1
+                    yield batch
+            except (RuntimeError, OSError, EOFError) as e:
+                if not is_lost_worker(e):
+                    raise
+                losses += 1
+                if losses > MAX_RESTARTS:
+                    self._samples.failure = UserError(f"{losses} loader workers were lost: {str(e).splitlines()[0]}")
+                loader = self._make(done)
 
 
 def step_digest(position: int, share: Share, batches: list[Batch]) -> int:

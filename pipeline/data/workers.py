@@ -10,6 +10,7 @@ import ctypes
 import math
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
@@ -20,6 +21,27 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.data.buffers import BufferPool, received
+
+MAX_RESTARTS = 3  # of a loader whose workers are lost
+
+
+def is_lost_worker(e: BaseException) -> bool:
+    """What a DataLoader says of a worker that was killed; while it handed over a batch, it is the connection that
+    breaks."""
+    return "DataLoader worker" in str(e) if isinstance(e, RuntimeError) else isinstance(e, (OSError, EOFError))
+
+
+def silence_lost_workers() -> None:
+    """Takes away the handler that a DataLoader's start leaves: with it, a killed worker raises wherever the main thread
+    happens to be, in the middle of a step too. Without it, the next batch does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def die_with_parent() -> None:
+    """Where the kernel can tell (Linux): at once, however the thread ends that started this process."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 class BatchMaker(Protocol):
@@ -125,5 +147,4 @@ def _start_worker(worker: int) -> None:
     """Signals for a training reach its whole process group; when to end is the training process' to decide."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # it ends with the thread that started it, even while it reads, or is stopped
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+    die_with_parent()  # even while it reads, or is stopped

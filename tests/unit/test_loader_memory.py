@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -147,6 +148,25 @@ raise SystemExit(3)
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_an_evaluation_survives_a_lost_worker(folder, monkeypatch, restarts):
+    """Its batches are made again; a rank that loses too many goes on to the end, and says so."""
+    monkeypatch.setattr("pipeline.data.loader.MAX_RESTARTS", restarts)
+    samples = TrainSamples(TarSource(folder, "train"), EvalTransform(SIZE), channels=3, num_classes=3)
+    batches = list(killing_the_first_worker(eval_batches(samples, rank=0, world_size=1, batch_size=2, num_workers=1)))
+    assert [i for b in batches for i in b.ids.tolist()] == list(range(50)) and not workers()
+    assert ("loader worker" in str(batches[-1].failure)) == (restarts == 0)
+    assert all(b.failure is None and b.weights.all() for b in batches) == (restarts > 0)
+
+
+def killing_the_first_worker(batches):
+    for number, batch in enumerate(batches):
+        yield batch
+        if number == 0:
+            [worker] = workers()
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_evaluation_with_workers_uses_buffers_too(folder):
