@@ -25,6 +25,7 @@ from torch import nn
 
 from data_tools.errors import UserError
 from pipeline.config import Config, load_config, to_yaml
+from pipeline.data.workers import die_with_parent
 from pipeline.parallel.world import World, free_port
 from pipeline.run import RunFolder, read_lines
 
@@ -66,14 +67,26 @@ def free_memory(world: World) -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         found.append(limit - psutil.Process().memory_info().vms)
-    group = Path("/sys/fs/cgroup")
-    try:
-        allowed, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        if allowed != "max":
-            found.append((int(allowed) - used) // world.local_size)
-    except (OSError, ValueError):
-        pass
+    allowed, used = (_group_memory(name) for name in ("memory.max", "memory.current"))
+    if allowed is not None and used is not None:
+        found.append((allowed - used) // world.local_size)
     return max(0, min(found))
+
+
+def total_memory(world: World) -> int:
+    """Bytes of this rank's GPU, else of its host and control group, whoever uses them."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    whole = psutil.virtual_memory().total
+    return min(whole, _group_memory("memory.max") or whole)
+
+
+def _group_memory(name: str) -> int | None:
+    """A figure of this process' control group; None where there is none, or no limit."""
+    try:
+        return int(Path("/sys/fs/cgroup", name).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def saved_bytes(model: nn.Module, in_chans: int, image_size: int) -> int:
@@ -137,11 +150,13 @@ def find_micro_batch(config: Config, world: World, model: nn.Module, largest: in
 
 
 def _facts(config: Config, world: World, largest: int) -> dict[str, Any]:
-    """What the answer depends on."""
+    """What the answer depends on. Collective."""
     t = config.train
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
+    memory = round(min(world.gather(total_memory(world))) / 2**30)
     return {
-        "device": device, "world_size": world.size, "local_size": world.local_size, "largest": largest,
+        "device": device, "memory_gib": memory, "world_size": world.size, "local_size": world.local_size,
+        "largest": largest,
         "strategy": t.strategy, "shard_size": t.shard_size, "reshard": t.reshard_after_forward, "offload": t.offload,
         "precision": t.precision, "activation_checkpointing": t.activation_checkpointing, "ema": bool(t.ema_decay),
     }  # fmt: skip
@@ -162,7 +177,7 @@ def _try(config: Config, world: World, largest: int) -> int:
         }  # fmt: skip
         with open(output, "w") as log:
             trial = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.micro_batch", str(settings), str(largest)],
+                [sys.executable, "-m", "pipeline.micro_batch", str(settings), str(largest), str(os.getpid())],
                 env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         try:
@@ -233,6 +248,9 @@ def _trial(config: Config, largest: int) -> None:
 
 
 def _main() -> int:
+    die_with_parent()  # its session is its own: no signal of the training's reaches it
+    if os.getppid() != int(sys.argv[3]):
+        return 0
     config = load_config(sys.argv[1]).config
     try:
         _trial(config, int(sys.argv[2]))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers import TINY, script, train
 
+from pipeline import micro_batch
 from pipeline.config import load_config
 from pipeline.micro_batch import is_out_of_memory, out_of_memory_message, saved_bytes
 from pipeline.model import create_model
@@ -80,6 +83,34 @@ def test_ranks_agree_on_what_fits_the_smallest(tmp_path):
     [size] = found(run)
     assert size <= 64, "the second rank has no room for 128 images"
     assert f"256 = {size} x 2 ranks x {-(-128 // size)} accumulated" in outputs[0]
+
+
+def test_another_size_of_memory_is_tried_again(world, monkeypatch):
+    config = load_config(None, TINY).config
+    here = micro_batch._facts(config, world, 16)
+    assert micro_batch._facts(config, world, 16) == here
+    monkeypatch.setattr(micro_batch, "total_memory", lambda world: 3 * 2**30)
+    assert micro_batch._facts(config, world, 16) == here | {"memory_gib": 3}
+
+
+def test_a_trial_ends_with_its_training(tmp_path):
+    """Also one that stands still, as in a collective."""
+    command = limited(tmp_path / "run", 700, TMPDIR=str(tmp_path))
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    trial = None
+    try:
+        while not any("fits" in f.read_text() for f in tmp_path.glob("mixer-trial-*/output")):
+            assert training.poll() is None
+            time.sleep(0.02)
+        [trial] = (p for p in psutil.Process(training.pid).children() if "pipeline.micro_batch" in p.cmdline())
+        trial.suspend()
+        training.kill()
+        training.wait()
+        trial.wait(30)
+    finally:
+        training.kill()
+        if trial and trial.is_running():
+            trial.kill()
 
 
 def test_nothing_fits(tmp_path):
