@@ -175,11 +175,12 @@ def slowest_rank(own_seconds: list[float], world: World) -> str | None:
     mine = (times[len(times) // 2], times[min(len(times) - 1, int(len(times) * 0.95))], socket.gethostname())
     rows = world.gather(mine)
     medians = sorted(r[0] for r in rows)
-    typical = medians[len(medians) // 2]
+    typical = medians[(len(medians) - 1) // 2]  # of two: the faster
     slow = max(range(len(rows)), key=lambda r: rows[r][0])
     if world.size < 2 or rows[slow][0] <= 1.5 * typical or rows[slow][0] - typical < 0.01:
         return None
+    p50, p95, host = rows[slow]
     return (
-        f"rank {slow} on {rows[slow][2]} is slow: {rows[slow][0]:.3f} s a step before the others are met "
-        f"(95th percentile {rows[slow][1]:.3f} s), median over ranks {typical:.3f} s"
+        f"rank {slow} on {host} is slow: a step takes it {p50:.3f} s (p50), {p95:.3f} s (p95) "
+        f"before it meets the others; p50 of the median rank {typical:.3f} s"
     )
