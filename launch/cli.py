@@ -419,6 +419,9 @@ def _last_words(error: Exception | None, code: int) -> str | None:
     return say_last_words(error, code)
 
 
+FIRST_WORD_SECONDS = 15.0  # for rank 0 to say what all would say, and for torchrun to end them, on a busy machine too
+
+
 def _complain(message: str, collective: bool) -> None:
     """Prints an error. Of an error that all ranks meet, rank 0 speaks first, and torchrun then ends the others."""
     rank = int(os.environ.get("RANK", 0))
@@ -428,7 +431,7 @@ def _complain(message: str, collective: bool) -> None:
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, signal.SIG_DFL)
-        time.sleep(3)
+        time.sleep(FIRST_WORD_SECONDS)
     prefix = f"error (rank {rank}): " if rank else "error: "
     print(prefix + message, file=sys.stderr, flush=True)
 
