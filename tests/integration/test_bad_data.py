@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -207,14 +208,17 @@ def launch(run: Path, data: Path, *extra: str, stretch: float = 0.01) -> Mixer:
     return Mixer(["launch", "local", *arguments, "--nproc", "2"], run.parent, stretch=stretch)
 
 
-def worker_of(mixer: Mixer, rank: int) -> int:
-    """The pid of a loader worker of a rank."""
-    parent = mixer.rank(rank)
-    for pid in mixer.processes():
-        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        name = Path(f"/proc/{pid}/task/{pid}/comm").read_text().strip()
-        if int(stat[1]) == parent and name == "pt_data_worker":
-            return pid
+def worker_of(mixer: Mixer, rank: int, seconds: float = 30) -> int:
+    """The pid of a loader worker of a rank; waits for one that is just being started in a lost one's place."""
+    parent, deadline = mixer.rank(rank), time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for pid in mixer.processes():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                name = Path(f"/proc/{pid}/task/{pid}/comm").read_text().strip()
+                if int(stat[1]) == parent and name == "pt_data_worker" and stat[0] != "Z":
+                    return pid
+        time.sleep(0.02)
     raise AssertionError(mixer.processes())
 
 
