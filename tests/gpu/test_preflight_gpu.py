@@ -5,7 +5,7 @@ import torch
 
 from launch.preflight import check_gpus
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def test_gpus_are_fit_and_counted():
