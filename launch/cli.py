@@ -17,6 +17,7 @@ from data_tools.cli import data_app, shard
 from data_tools.errors import UserError
 from launch.checkpoints import checkpoint_app
 from launch.cli_cluster import launch_slurm, launch_torchrun
+from launch.compare import compare_app
 from launch.doctor import doctor
 from launch.plan_cli import plan
 from launch.status_cli import status
@@ -333,6 +334,9 @@ def demo(
     from launch.demo import report_demo, run_demo
 
     raise typer.Exit(report_demo(folder) if report else run_demo(folder))
+
+
+app.add_typer(compare_app, name="compare", rich_help_panel=MODELS)
 
 
 def _in_processes(command: str, arguments: list[str], run: str, nproc: int | None) -> None:

@@ -559,7 +559,7 @@ class Trainer:
                 return
         self.metrics, self.evaluated_at = result.to_dict() | few, self.step
         if self.world.is_main and self._writer:
-            self._writer.scalars(self.step, self.metrics, split="val")
+            self._writer.scalars(self.step, self.metrics | {"samples_seen": self.samples}, split="val")
             self.run.record("eval", attempt=self.attempt, step=self.step, **self.metrics)
             shots = "".join(f", {name.removeprefix('fewshot_')}-shot {top1:.2%}" for name, top1 in few.items())
             self._display.say(
@@ -613,6 +613,7 @@ class Trainer:
             "data_wait": wait / self.world.size / elapsed,
             "checkpoint_stall": self._clock.stall,
             "epoch": self.samples / self.parts.order.num_samples,
+            "samples_seen": self.samples,
         }
         if self.parts.peak_flops:
             values["mfu"] = rate / self.world.size * self.parts.train_flops / self.parts.peak_flops
