@@ -429,8 +429,10 @@ def train_transform(config: Config) -> TrainTransform:
 
 def permutation(config: Config) -> np.ndarray | None:
     """Order of the pixels of every image; patches are the model's, or of 16 px where it has none (paper, figure 4)."""
-    size, kind = config.model.image_size, config.augment.permute
-    return None if kind == "none" else pixel_order(kind, size, patch_size(config) or 16, config.run.seed)
+    size, a = config.model.image_size, config.augment
+    if a.permute == "none":
+        return None
+    return pixel_order(a.permute, size, a.permute_patch or patch_size(config) or 16, config.run.seed)
 
 
 def mixup(config: Config) -> MixUp | None:

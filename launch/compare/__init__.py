@@ -9,6 +9,9 @@ from __future__ import annotations
 import typer
 
 from launch.compare.runs import runs
+from launch.compare.studies import permutation, scaling
 
 compare_app = typer.Typer(no_args_is_help=True, help="Systems side by side, each as table and picture.")
 compare_app.command()(runs)
+compare_app.command()(scaling)
+compare_app.command()(permutation)

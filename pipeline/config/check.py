@@ -118,6 +118,7 @@ def _range_problems(config: Config) -> Iterator[str]:
         "augment.randaugment_magnitude": 0,
         "augment.randaugment_layers": 1,
         "augment.mixup_alpha": 0,
+        "augment.permute_patch": 1,
         "augment.mixup_group": 1,
     }
     for key, low in at_least.items():

@@ -76,6 +76,7 @@ class AugmentConfig:
     mixup_alpha: float = 0.0  # the paper's p; 0: no MixUp
     mixup_group: int | None = None  # slots that share one weight; None: train.global_batch_size
     permute: str = "none"  # patches or pixels: the same for all images, in evaluation too (paper, figure 4)
+    permute_patch: int | None = None  # pixels of a permuted patch's side; None: the model's, 16 where it has none
 
 
 @dataclass
