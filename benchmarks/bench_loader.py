@@ -105,14 +105,20 @@ Rate = tuple[float, float]  # images a second, and milliseconds of processor tim
 # Each gives batches of uint8 tensors [B, 3, 224, 224], and labels, for ever or for several epochs.
 
 
-def ours(data: Path, workers: int, scaled: bool = False) -> Iterator[Any]:
+def transform_of(how: str) -> Any:
+    """how: "", "scaled" or "region"."""
     from pipeline.data.augment import TrainTransform
+
+    return TrainTransform(SIZE, 0, scale=SCALE, scaled=how == "scaled", region=how == "region")
+
+
+def ours(data: Path, workers: int, how: str = "") -> Iterator[Any]:
     from pipeline.data.loader import Share, TrainSamples, train_batches
     from pipeline.data.order import SampleOrder
     from pipeline.data.source import TarSource
 
     source = TarSource(data / "tars", "train")
-    samples = TrainSamples(source, TrainTransform(SIZE, 0, scale=SCALE, scaled=scaled), channels=3, num_classes=10)
+    samples = TrainSamples(source, transform_of(how), channels=3, num_classes=10)
     order = SampleOrder(source.shard_sizes, manifest_sha="", seed=0, global_batch_size=4 * batch_of(data))
     share = Share.of(0, 1, 4 * batch_of(data), batch_of(data))
     for batches in train_batches(samples, order, share, num_workers=workers):
@@ -199,34 +205,27 @@ def cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _decode(jpegs: list[bytes], number: int, seconds: float, results: Any, start: Any, scaled: bool) -> None:
-    from pipeline.data.augment import TrainTransform
+def _decode(jpegs: list[bytes], number: int, seconds: float, results: Any, start: Any, how: str) -> None:
     from pipeline.data.decode import decode_image
 
     torch.set_num_threads(1)
-    transform = TrainTransform(SIZE, 0, scale=SCALE, scaled=scaled)
+    transform = transform_of(how)
     start.wait()
     begin, used, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - begin < seconds:
-        data = jpegs[count % len(jpegs)]
-        if scaled:
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
-            pixels = decode_image(data, 3, partial(transform.shrink, epoch=number, sample_id=count))
-            transform(pixels, number, count, (height, width))
-        else:
-            transform(decode_image(data, 3), number, count)
+        u = transform.draw(number, count)
+        pixels = decode_image(jpegs[count % len(jpegs)], 3, partial(transform.choose, u))
+        transform.finish(pixels, u, number, count)
         count += 1
     results.put((count / (time.perf_counter() - begin), count, time.process_time() - used))
 
 
-def limit(data: Path, workers: int, seconds: float, scaled: bool = False) -> Rate:
+def limit(data: Path, workers: int, seconds: float, how: str = "") -> Rate:
     """Decode, crop and resize alone: as many processes, the bytes in memory, the pixels thrown away."""
     context = multiprocessing.get_context("fork")
     jpegs = [p.read_bytes() for p in sorted((data / "jpegs").rglob("*.jpg"))[:500]]
     results, start = context.Queue(), context.Barrier(workers)
-    processes = [
-        context.Process(target=_decode, args=(jpegs, i, seconds, results, start, scaled)) for i in range(workers)
-    ]
+    processes = [context.Process(target=_decode, args=(jpegs, i, seconds, results, start, how)) for i in range(workers)]
     for p in processes:
         p.start()
     rates, counts, used = zip(*(results.get() for _ in processes))
@@ -238,8 +237,10 @@ def limit(data: Path, workers: int, seconds: float, scaled: bool = False) -> Rat
 LOADERS: dict[str, tuple[str, Callable[[Path, int], Iterator[Any]]]] = {
     "limit": ("decode, crop, resize, no loader", lambda d, w: iter(())),
     "mixer": ("this project", ours),
+    "limit-region": ("decode the crop alone, resize, no loader", lambda d, w: iter(())),
+    "mixer-region": ("this project, data.region_decode", lambda d, w: ours(d, w, "region")),
     "limit-scaled": ("decode at a fraction where allowed, crop, resize, no loader", lambda d, w: iter(())),
-    "mixer-scaled": ("this project, data.scaled_decode", lambda d, w: ours(d, w, True)),
+    "mixer-scaled": ("this project, data.scaled_decode", lambda d, w: ours(d, w, "scaled")),
     "folder-pil": ("ImageFolder + DataLoader, Pillow transforms", lambda d, w: folder(d, w, False)),
     "folder-v2": ("ImageFolder + DataLoader, v2 transforms of uint8 tensors", lambda d, w: folder(d, w, True)),
     "wds-pil": ("webdataset, Pillow transforms", lambda d, w: webdataset(d, w, False)),
@@ -349,7 +350,7 @@ def measure_one(name: str, sets: list[Path], workers: int, seconds: float) -> li
         write_mds(sets[0])
         return []
     if name.startswith("limit"):
-        return [limit(data, workers, seconds, name == "limit-scaled") for data in sets]
+        return [limit(data, workers, seconds, name.partition("-")[2]) for data in sets]
     return [rate(LOADERS[name][1](data, workers), workers, seconds) for data in sets]
 
 
@@ -366,7 +367,7 @@ def print_table(best: dict[str, list[Rate]], titles: list[str], workers: int) ->
         )
         print("|-|-|-|-|-|-|-|")
         for name, (r, cpu) in rates.items():
-            bound = rates.get({"mixer": "limit", "mixer-scaled": "limit-scaled"}.get(name, ""))
+            bound = rates.get(name.replace("mixer", "limit") if name.startswith("mixer") else "")
             wall_share, cpu_share = (f"{r / bound[0]:.0%}", f"{bound[1] / cpu:.0%}") if bound else ("", "")
             print(
                 f"| {LOADERS[name][0]} | {r:,.0f} | {r / fastest:.2f} | {wall_share} "

@@ -41,7 +41,8 @@ class Best:
     wall: float = float("inf")
     cpu: float = float("inf")
 
-    def time(self, action: Callable[[], object]) -> None:
+    def time(self, action: Callable[[], object], before: Callable[[], object] = lambda: None) -> None:
+        before()
         begin, used = time.perf_counter(), _cpu_seconds()
         action()
         self.wall = min(self.wall, time.perf_counter() - begin)
@@ -141,17 +142,32 @@ def decode_only(files: list[str], workers: int) -> None:
         list(pool.map(decode_some, [files[i : i + step] for i in range(0, len(files), step)]))
 
 
-def pack(corpus: Path, out: Path, verify: bool, workers: int, shard_bytes: int) -> Callable[[], None]:
-    """Plans, and returns what packs that plan anew each time."""
-    options = ShardOptions(corpus, out, shard_size=shard_bytes, verify=verify, workers=workers)
-    plan_into(options)
+@dataclass
+class Packing:
+    """Packs one plan, as often as asked."""
 
-    def run() -> None:
-        for path in [*out.glob("*.tar"), *out.glob("*.npy"), *(out / "plan").glob("*.done.json")]:
+    corpus: Path
+    out: Path
+    verify: bool
+    workers: int
+    shard_bytes: int
+
+    def plan(self) -> Packing:
+        plan_into(self._options())
+        return self
+
+    def forget(self) -> None:
+        """Removes what was packed, not the plan."""
+        for path in [*self.out.glob("*.tar"), *self.out.glob("*.npy"), *(self.out / "plan").glob("*.done.json")]:
             path.unlink()
-        run_part(options.output(), 0, 1, workers)
 
-    return run
+    def run(self) -> None:
+        run_part(self._options().output(), 0, 1, self.workers)
+
+    def _options(self) -> ShardOptions:
+        return ShardOptions(
+            self.corpus, self.out, shard_size=self.shard_bytes, verify=self.verify, workers=self.workers
+        )
 
 
 def peak_memory(corpus: Path, out: Path) -> float:
@@ -175,19 +191,18 @@ def measure(name: str, corpus: Path, scratch: Path, repeats: int) -> list[tuple[
     shard_bytes = (size + 1024 * len(files)) // SHARDS
     cores = len(os.sched_getaffinity(0))
     raw, loop, one, decode, verified, single = (Best() for _ in range(6))
-    fast = pack(corpus, scratch / "fast", False, 1, SHARD_BYTES)
-    checked = pack(corpus, scratch / "checked", True, cores, shard_bytes)
-    alone = pack(corpus, scratch / "alone", True, 1, shard_bytes)
-    (scratch / "raw").mkdir()
-    (scratch / "loop").mkdir()
+    fast = Packing(corpus, scratch / "fast", False, 1, SHARD_BYTES).plan()
+    checked = Packing(corpus, scratch / "checked", True, cores, shard_bytes).plan()
+    alone = Packing(corpus, scratch / "alone", True, 1, shard_bytes).plan()
+    raw_out, loop_out = scratch / "raw", scratch / "loop"
     for _ in range(repeats):
-        raw.time(lambda: raw_copy(files, scratch / "raw", SHARD_BYTES))
-        one.time(fast)
-        loop.time(lambda: shard_writer(files, scratch / "loop", SHARD_BYTES))
+        raw.time(lambda: raw_copy(files, raw_out, SHARD_BYTES), lambda: _emptied(raw_out))
+        one.time(fast.run, fast.forget)
+        loop.time(lambda: shard_writer(files, loop_out, SHARD_BYTES), lambda: _emptied(loop_out))
     for _ in range(max(2, repeats // 2)):
         decode.time(lambda: decode_only(files, cores))
-        verified.time(checked)
-        single.time(alone)
+        verified.time(checked.run, checked.forget)
+        single.time(alone.run, alone.forget)
     everything = Best()
     options = ShardOptions(corpus, scratch / "whole", shard_size=SHARD_BYTES, verify=False, workers=1)
     everything.time(lambda: shard_corpus(options))
@@ -251,6 +266,11 @@ def main() -> None:
     print("| what | rate | ratio (wall) | ratio (cpu) | wanted |\n|-|-|-|-|-|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
+
+
+def _emptied(folder: Path) -> None:
+    """Outside of the time: who overwrites a file waits until its old bytes are gone."""
+    _fresh(folder)
 
 
 def _fresh(folder: Path) -> Path:

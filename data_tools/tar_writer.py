@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from data_tools import ustar
-from data_tools.storage import write_all
+from data_tools.storage import Writeback, write_all
 
 _BUFFER_BYTES = 1 << 20  # larger writes gain nothing, and the hash likes cached data
 _LARGE_MEMBER = 24 << 10  # mean bytes of a member from which joining costs more than many small calls
@@ -22,6 +22,7 @@ class HashedTar:
     def __init__(self, file: BinaryIO) -> None:
         self.offset = 0
         self._file = file
+        self._writeback = Writeback(file)
         self._hash = xxhash.xxh3_128()
         self._names: list[str] = []
         self._data: list[bytes] = []
@@ -58,6 +59,7 @@ class HashedTar:
             self._write_parts(heads, members, size)
         else:
             self._write_joined(heads, members, sizes, size)
+        self._writeback.reached(self._flushed)
 
     def _write_parts(self, heads: np.ndarray, members: list[bytes], size: int) -> None:
         parts = [part for head, data in zip(heads, members) for part in (head.data, data, ustar.padding(len(data)))]

@@ -23,6 +23,7 @@ from pipeline.data.mixup import MixUp
 from pipeline.data.node_cache import CachePlan, NodeCache
 from pipeline.data.order import Order, rank_slots
 from pipeline.data.pixel_order import pixel_order
+from pipeline.data.region import require_region_decoder
 from pipeline.data.randaugment import RandAugment
 from pipeline.data.sets import TrainingData, open_data, unused_epoch
 from pipeline.data.source import EVAL_SPLITS, Access, SampleSource, TarSource, open_source
@@ -414,6 +415,8 @@ def node_slots(world: World, batch: int, mixup: MixUp | None) -> np.ndarray:
 def train_transform(config: Config) -> TrainTransform:
     a = config.augment
     m = a.randaugment_magnitude
+    if config.data.region_decode:
+        require_region_decoder()
     return TrainTransform(
         config.model.image_size,
         config.run.seed,
@@ -424,6 +427,7 @@ def train_transform(config: Config) -> TrainTransform:
         None if m is None else RandAugment(a.randaugment_layers, m),
         permutation(config),
         config.data.scaled_decode,
+        config.data.region_decode,
     )
 
 

@@ -40,6 +40,7 @@ _ON_RESUME: dict[str, Kind] = {
     "data.window": "refused",
     "data.lanes": "refused",
     "data.scaled_decode": "declared",
+    "data.region_decode": "free",  # the same pixels
     "augment.*": "declared",
     "loss.*": "declared",
     "optimizer.name": "refused",

@@ -51,6 +51,7 @@ class DataConfig:
     val: str | None = None  # None: the val split of `train` (of its first set with one); a folder; or `none`
     num_workers: int = 4
     scaled_decode: bool = False  # JPEGs whose crop is twice the model's size and more: decoded at 1/2, 1/4 or 1/8
+    region_decode: bool = False  # of a JPEG only what its crop shows: the same pixels; needs the extra `region`
     max_bad_fraction: float = 1e-4
     corrupt_shards: str = "fail"  # a shard that is missing or not the indexed one; mask: its samples get weight 0
     stream_samples: int | None = None  # what counts as an epoch where `train` names tars without an index

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pipeline.data.decode import Crop
 from pipeline.data.order import key
 from pipeline.data.randaugment import RandAugment
 
@@ -35,8 +36,9 @@ def uniforms(purpose: str, seed: int, epoch: int, sample_id: int, count: int) ->
 @dataclass(frozen=True)
 class TrainTransform:
     """Random-resized crop (Szegedy et al. 2015; "inception crop" in the paper, section 3), horizontal flip; where
-    given, RandAugment and a permutation of the pixels (`pixel_order`). `scaled`: images may come decoded at a fraction
-    of their size, as `shrink` says; the crop is the same to half a pixel of these.
+    given, RandAugment and a permutation of the pixels (`pixel_order`). `scaled`: images may be decoded at a fraction
+    of their size, where the crop need not grow for it; it is the same to half a pixel of these. `region`: what lies
+    outside of the crop need not be decoded.
 
     `scale` is the cropped share of the area, `ratio` the aspect ratio's range; crop="resize" takes the whole image.
     """
@@ -50,17 +52,28 @@ class TrainTransform:
     randaugment: RandAugment | None = None
     order: np.ndarray | None = None
     scaled: bool = False
+    region: bool = False
 
-    def __call__(
-        self, pixels: np.ndarray, epoch: int, sample_id: int, whole: tuple[int, int] | None = None
-    ) -> torch.Tensor:
-        """`whole`: (height, width) of the image, where `pixels` were decoded smaller, by the factor of `shrink`."""
-        u = uniforms("augment", self.seed, epoch, sample_id, _CROP_DRAWS + 1)
-        if self.crop == "inception":
-            full_height, full_width = whole or pixels.shape[:2]
-            top, left, height, width = self.crop_box(full_height, full_width, u)
-            f = self.shrink(full_height, full_width, epoch, sample_id) if whole else 1
-            pixels = pixels[round(top / f) : round((top + height) / f), round(left / f) : round((left + width) / f)]
+    def __call__(self, pixels: np.ndarray, epoch: int, sample_id: int) -> torch.Tensor:
+        """Of a whole image."""
+        u = self.draw(epoch, sample_id)
+        return self.finish(self.choose(u, *pixels.shape[:2]).cut(pixels), u, epoch, sample_id)
+
+    def draw(self, epoch: int, sample_id: int) -> np.ndarray:
+        """The random numbers of `choose` and `finish`."""
+        return uniforms("augment", self.seed, epoch, sample_id, _CROP_DRAWS + 1)
+
+    def choose(self, u: np.ndarray, height: int, width: int) -> Crop:
+        """The part that is wanted of an image of this size."""
+        if self.crop != "inception":
+            box = 0, 0, height, width
+        else:
+            box = self.crop_box(height, width, u)
+        smaller = (f for f in (8, 4, 2) if min(box[2:]) >= f * self.size)
+        return Crop(*box, next(smaller, 1) if self.scaled else 1, self.region)
+
+    def finish(self, pixels: np.ndarray, u: np.ndarray, epoch: int, sample_id: int) -> torch.Tensor:
+        """Of the pixels of the crop."""
         image = resize(pixels, self.size, self.size)
         if u[_CROP_DRAWS] < self.hflip:
             image = image.flip(-1)
@@ -69,13 +82,6 @@ class TrainTransform:
             draws = uniforms("randaug", self.seed, epoch, sample_id, self.randaugment.draws)
             image = self.randaugment(image, draws)
         return reorder(image, self.order)
-
-    def shrink(self, height: int, width: int, epoch: int, sample_id: int) -> int:
-        """The largest of 1, 2, 4 and 8 by which the image may be decoded smaller without its crop having to grow."""
-        if self.crop == "inception":
-            u = uniforms("augment", self.seed, epoch, sample_id, _CROP_DRAWS + 1)
-            *_, height, width = self.crop_box(height, width, u)
-        return next(f for f in (8, 4, 2, 1) if f == 1 or min(height, width) >= f * self.size)
 
     def crop_box(self, height: int, width: int, u: np.ndarray) -> tuple[int, int, int, int]:
         """(top, left, height, width): ten tries, then the largest centred box of an allowed aspect ratio."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from data_tools.checksum import crc32
 from data_tools.errors import UserError
-from pipeline.data.decode import Shrink, decode_image
+from pipeline.data.decode import Choose, decode_image
 from pipeline.data.source import EVAL_SPLITS, BadSample, RawSample
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -68,17 +68,17 @@ class FolderSource:
         self.shard_sizes = [min(_PER_SHARD, len(labels) - i) for i in range(0, len(labels), _PER_SHARD)]
         self.digest = f"folder-{digest.hexdigest()[:32]}"
 
-    def read(self, sample_id: int, channels: int, shrink: Shrink | None = None) -> RawSample:
+    def read(self, sample_id: int, channels: int, choose: Choose | None = None) -> RawSample:
         path = self._files[sample_id]
         try:
             data = path.read_bytes()
-            return RawSample(decode_image(data, channels, shrink), int(self._labels[sample_id]), zlib.crc32(data))
+            return RawSample(decode_image(data, channels, choose), int(self._labels[sample_id]), crc32(data))
         except Exception as e:
             raise BadSample(f"{path}: {e}") from e
 
     def crc32(self, sample_ids: np.ndarray) -> np.ndarray:
         """Reads the files: a folder has no index."""
-        return np.array([zlib.crc32(self._files[int(i)].read_bytes()) for i in sample_ids], dtype=np.int64)
+        return np.array([crc32(self._files[int(i)].read_bytes()) for i in sample_ids], dtype=np.int64)
 
     def keys(self, shard: int) -> np.ndarray:
         first = shard * _PER_SHARD

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,19 +132,14 @@ class TrainSamples(Dataset):
 
     def row(self, epoch: int, sample_id: int) -> Row:
         """Raises BadSample, UserError for the store's faults, or whatever this one image does to a transform."""
-        transform, whole = self.transform, None
-
-        def shrink(height: int, width: int) -> int:
-            nonlocal whole
-            whole = height, width
-            return transform.shrink(height, width, epoch, sample_id)  # type: ignore[union-attr]
-
-        scaled = isinstance(transform, TrainTransform) and transform.scaled
-        pixels, label, crc = self.source.read(sample_id, self.channels, shrink if scaled else None)
+        transform = self.transform
+        u = transform.draw(epoch, sample_id) if isinstance(transform, TrainTransform) else None
+        choose = None if u is None else partial(transform.choose, u)  # type: ignore[union-attr]
+        pixels, label, crc = self.source.read(sample_id, self.channels, choose)
         if not 0 <= label < self.num_classes:
             raise BadSample(f"sample {sample_id}: label {label} outside [0, {self.num_classes})")
-        if isinstance(transform, TrainTransform):
-            return Row(transform(pixels, epoch, sample_id, whole), label, crc)
+        if isinstance(transform, TrainTransform) and u is not None:
+            return Row(transform.finish(pixels, u, epoch, sample_id), label, crc)
         return Row(transform(pixels), label, crc)
 
     def keep(self, epoch: int, sample_id: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.errors import UserError
-from pipeline.data.decode import Shrink
+from pipeline.data.decode import Choose
 from pipeline.data.mixture import MIXTURE_VERSION, MixedSet, MixtureOrder, quotas
 from pipeline.data.order import ORDER_VERSION, Order, SampleOrder, changed_data
 from pipeline.data.source import RawSample, SampleSource
@@ -48,9 +48,9 @@ class JoinedSource:
     def num_classes(self) -> int | None:
         return max((getattr(s, "num_classes", None) or 0 for s in self.sources), default=0) or None
 
-    def read(self, sample_id: int, channels: int, shrink: Shrink | None = None) -> RawSample:
+    def read(self, sample_id: int, channels: int, choose: Choose | None = None) -> RawSample:
         i = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        return self.sources[i].read(sample_id - int(self._starts[i]), channels, shrink)
+        return self.sources[i].read(sample_id - int(self._starts[i]), channels, choose)
 
     def crc32(self, sample_ids: np.ndarray) -> np.ndarray:
         owner = np.searchsorted(self._starts, sample_ids, side="right") - 1

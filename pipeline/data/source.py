@@ -7,7 +7,6 @@ images up. A new kind of source is one more class with these members. Imports no
 from __future__ import annotations
 
 import io
-import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import xxhash
 
+from data_tools.checksum import crc32
 from data_tools.errors import UserError
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest, ShardInfo, load_index
 from pipeline.data.cache import CacheReader, chunk_name
-from pipeline.data.decode import Shrink, decode_image
+from pipeline.data.decode import Choose, decode_image
 from pipeline.data.store import READ_SECONDS, DamagedShard, StoreUnreachable, is_url, open_folder
 from pipeline.duration import Duration
 
@@ -40,7 +40,7 @@ class Encoded(NamedTuple):
 
 
 class RawSample(NamedTuple):
-    """Pixels uint8 [H, W, C], class index, crc32 of the bytes they were decoded from."""
+    """Pixels uint8 [H, W, C] (of a crop: until the next sample is read), class index, crc32 of the encoded bytes."""
 
     pixels: np.ndarray
     label: int
@@ -58,8 +58,10 @@ class SampleSource(Protocol):
     splits: list[str]
     classes: list[str] | None
 
-    def read(self, sample_id: int, channels: int, shrink: Shrink | None = None) -> RawSample:
-        """Raises BadSample; StoreUnreachable or DamagedShard where it is not this one sample's fault."""
+    def read(self, sample_id: int, channels: int, choose: Choose | None = None) -> RawSample:
+        """`choose`: of which part of the image the pixels are wanted, as `decode_image` has it.
+
+        Raises BadSample; StoreUnreachable or DamagedShard where it is not this one sample's fault."""
         ...
 
     def crc32(self, sample_ids: np.ndarray) -> np.ndarray:
@@ -180,7 +182,7 @@ class TarSource:
             found = self._cache.sample(name, row % self._chunk)
             if found is not None:
                 data, label, crc = found
-                if zlib.crc32(data) == crc:
+                if crc32(data) == crc:
                     return Encoded(data, label, crc)
         try:
             return self._direct(shard, row)
@@ -189,10 +191,10 @@ class TarSource:
                 raise BadSample(str(e)) from e
             raise
 
-    def read(self, sample_id: int, channels: int, shrink: Shrink | None = None) -> RawSample:
+    def read(self, sample_id: int, channels: int, choose: Choose | None = None) -> RawSample:
         data, label, crc = self.encoded(sample_id)
         try:
-            pixels = decode_image(data, channels, shrink)
+            pixels = decode_image(data, channels, choose)
         except Exception as e:
             raise BadSample(f"{self._where(*self.place_of(sample_id))}: {e}") from e
         return RawSample(pixels, label, crc)
@@ -278,7 +280,7 @@ class TarSource:
             rows = self.rows(shard)
             entry = rows[row]
             data = self._bytes(shard, rows, row)
-            crc = zlib.crc32(data)
+            crc = crc32(data)
             if crc == int(entry["crc32"]):
                 return Encoded(data, int(entry["label"]), crc)
             if not (again and self.remote):  # what came over a network is asked for once more

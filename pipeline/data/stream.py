@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from data_tools.checksum import crc32
 from data_tools.errors import UserError
-from pipeline.data.decode import Shrink, decode_image
+from pipeline.data.decode import Choose, decode_image
 from pipeline.data.source import BadSample, RawSample
 
 _IMAGES = "jpg;jpeg;png;webp;bmp;gif;tif;tiff"
@@ -48,7 +48,7 @@ class StreamSource:
             )
         if not samples:
             raise UserError(f"data.train={urls} is a stream, of unknown length: set data.stream_samples=N")
-        self.name, self.digest = f"{urls} (a stream)", f"stream-{zlib.crc32(urls.encode()):08x}-{samples}"
+        self.name, self.digest = f"{urls} (a stream)", f"stream-{crc32(urls.encode()):08x}-{samples}"
         self.shard_sizes, self.splits = [samples], ["train"]
         self.classes: list[str] | None = None
         self.num_classes = num_classes
@@ -59,13 +59,13 @@ class StreamSource:
                 f"warning: {self.name}: a resume is approximate and an audit impossible; `mixer data index` mends that"
             )
 
-    def read(self, sample_id: int, channels: int, shrink: Shrink | None = None) -> RawSample:
+    def read(self, sample_id: int, channels: int, choose: Choose | None = None) -> RawSample:
         """The stream's next sample, whatever `sample_id` is."""
         if self._pid != os.getpid():  # a worker of its own; the first id it is asked for tells it from others
             self._pid, self._samples = os.getpid(), self._stream(sample_id)
         data, label = next(self._samples)
         try:
-            return RawSample(decode_image(data, channels, shrink), int(label), zlib.crc32(data))
+            return RawSample(decode_image(data, channels, choose), int(label), crc32(data))
         except ValueError as e:
             raise BadSample(f"{self.name}: {e}") from e
 

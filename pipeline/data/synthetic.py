@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 
 import numpy as np
 
 from pipeline.data.augment import philox
-from pipeline.data.decode import Shrink
+from data_tools.checksum import crc32
+from pipeline.data.decode import Choose
 from pipeline.data.order import key
 from pipeline.data.source import RawSample
 
@@ -35,7 +35,7 @@ class SyntheticSource:
     def _label(self, sample_id: int) -> int:
         return int(key("label", self._split, sample_id) % np.uint64(self.num_classes))
 
-    def read(self, sample_id: int, channels: int, shrink: Shrink | None = None) -> RawSample:
+    def read(self, sample_id: int, channels: int, choose: Choose | None = None) -> RawSample:
         label = self._label(sample_id)
         shape = (self._size, self._size, channels)
         noise = philox(int(key(self._split, "noise")), sample_id)
@@ -46,11 +46,13 @@ class SyntheticSource:
             return bits.random_raw(count).view(np.uint8)[: int(np.prod(shape))].reshape(shape)
 
         image = (pixels(noise) >> 1) + (pixels(pattern) >> 1)
+        if choose:
+            image = choose(*image.shape[:2]).cut(image)
         return RawSample(image, label, int(self.crc32(np.array([sample_id]))[0]))
 
     def crc32(self, sample_ids: np.ndarray) -> np.ndarray:
         # Nothing is stored and nothing is read: the id stands for the bytes
-        return np.array([zlib.crc32(int(i).to_bytes(8, "little")) for i in sample_ids], dtype=np.int64)
+        return np.array([crc32(int(i).to_bytes(8, "little")) for i in sample_ids], dtype=np.int64)
 
     def keys(self, shard: int) -> np.ndarray:
         return key("sample", shard * 1_000 + np.arange(self.shard_sizes[shard]))

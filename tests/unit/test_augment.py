@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 
 import numpy as np
@@ -9,13 +10,13 @@ import pytest
 import simplejpeg
 import torch
 from helpers import Member, picture, png, write_dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data.augment import EvalTransform, TrainTransform, keep_mask, normalize, resize, resize_area, uniforms
-from pipeline.data.decode import decode_image
-from pipeline.data.loader import TrainSamples
+from pipeline.data.decode import Crop, decode_image
+from pipeline.data.loader import Request, TrainSamples
 from pipeline.data.source import TarSource
 
 
@@ -257,25 +258,25 @@ def jpeg_of(height: int, width: int, seed: int = 1) -> bytes:
 def test_jpegs_are_decoded_at_a_fraction_of_their_size(factor, height, width):
     asked = []
 
-    def shrink(*size: int) -> int:
+    def choose(*size: int) -> Crop:
         asked.append(size)
-        return factor
+        return Crop(0, 0, *size, factor)
 
     data = jpeg_of(height, width)
-    pixels = decode_image(data, 3, shrink)
+    pixels = decode_image(data, 3, choose).copy()
     assert asked == [(height, width)]
-    assert pixels.shape == (-(-height // factor), -(-width // factor), 3)
+    assert pixels.shape == (round(height / factor), round(width / factor), 3)
     last = [(0, -n % factor) for n in (height, width)]  # the last pixels may stand for less than the others
-    expected = pillow_resize(np.pad(decode_image(data), (*last, (0, 0)), mode="edge"), *pixels.shape[:2])
+    padded = np.pad(decode_image(data), (*last, (0, 0)), mode="edge")
+    expected = pillow_resize(padded, -(-height // factor), -(-width // factor))[: pixels.shape[0], : pixels.shape[1]]
     assert np.abs(pixels.astype(int) - expected).mean() < 2
-    assert decode_image(png(picture(1, height, width)), 3, shrink).shape == (height, width, 3)
+    assert decode_image(png(picture(1, height, width)), 3, choose).shape == (height, width, 3)
 
 
 @given(st.integers(0, 2**40), st.integers(1, 3000), st.integers(1, 3000))
 def test_a_crop_never_has_to_grow_because_of_the_fraction(sample, height, width):
     t = TrainTransform(100, seed=0, scaled=True)
-    factor = t.shrink(height, width, 0, sample)
-    *_, h, w = t.crop_box(height, width, uniforms("augment", 0, 0, sample, 41))
+    _, _, h, w, factor, _ = t.choose(t.draw(0, sample), height, width)
     assert factor == 1 or min(h, w) >= factor * 100
     assert factor == 8 or min(h, w) < 2 * factor * 100
 
@@ -290,8 +291,51 @@ def test_a_scaled_crop_is_the_same_picture(tmp_path):
     factors = set()
     for epoch in range(10):
         for sample in range(6):
-            factor = TrainTransform(50, seed=3).shrink(401, 603, epoch, sample)
+            t = TrainTransform(50, seed=3, scaled=True)
+            factor = t.choose(t.draw(epoch, sample), 401, 603).factor
             a, b = plain.row(epoch, sample).image, scaled.row(epoch, sample).image
             assert torch.equal(a, b) if factor == 1 else (a.int() - b.int()).abs().float().mean() < 5
             factors.add(factor)
     assert factors >= {1, 2, 4}
+
+
+# ------------------------------------------------------------------------------------------ decoding the crop alone
+
+
+@pytest.mark.parametrize("kind", ["420", "444", "422", "progressive", "grey"])
+@pytest.mark.parametrize("channels", [1, 3])
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_a_region_has_the_pixels_of_the_whole_image(kind, channels, data):
+    encoded = _encoded(kind)
+    height, width = data.draw(st.integers(1, 203)), data.draw(st.integers(1, 301))
+    box = data.draw(st.integers(0, 203 - height)), data.draw(st.integers(0, 301 - width)), height, width
+    part = decode_image(encoded, channels, lambda *_: Crop(*box, region=True))
+    assert np.array_equal(part, Crop(*box).cut(decode_image(encoded, channels)))
+
+
+@functools.cache
+def _encoded(kind: str) -> bytes:
+    file = io.BytesIO()
+    image = Image.open(io.BytesIO(jpeg_of(203, 301)))
+    image.convert("L" if kind == "grey" else "RGB").save(
+        file, "JPEG", quality=90, progressive=kind == "progressive", subsampling={"444": 0, "422": 1}.get(kind, 2)
+    )
+    return file.getvalue()
+
+
+def test_region_decoding_changes_no_batch(tmp_path):
+    photos = [Member(jpeg_of(401, 603, i), i % 3) for i in range(5)] + [Member(png(picture(5, 40, 60)), 0)]
+    source = TarSource(write_dataset(tmp_path, {"train": [photos]}), "train")
+    plain, region = (
+        TrainSamples(source, TrainTransform(50, seed=3, region=r), channels=3, num_classes=3) for r in (False, True)
+    )
+    request = Request(np.arange(12) // 6, np.arange(12) % 6)
+    assert torch.equal(plain[request].images, region[request].images)
+
+
+def test_a_damaged_jpeg_is_no_crash_of_the_region_decoder():
+    data = bytearray(jpeg_of(203, 301))
+    for cut in (30, 200, len(data) // 2):
+        with pytest.raises(ValueError):
+            decode_image(bytes(data[:cut]), 3, lambda *_: Crop(0, 0, 203, 301, region=True))
