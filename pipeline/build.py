@@ -23,8 +23,8 @@ from pipeline.data.mixup import MixUp
 from pipeline.data.node_cache import CachePlan, NodeCache
 from pipeline.data.order import Order, rank_slots
 from pipeline.data.pixel_order import pixel_order
-from pipeline.data.region import require_region_decoder
 from pipeline.data.randaugment import RandAugment
+from pipeline.data.region import require_region_decoder
 from pipeline.data.sets import TrainingData, open_data, unused_epoch
 from pipeline.data.source import EVAL_SPLITS, Access, SampleSource, TarSource, open_source
 from pipeline.data.store import is_url

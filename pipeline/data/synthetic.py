@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 
-from pipeline.data.augment import philox
 from data_tools.checksum import crc32
+from pipeline.data.augment import philox
 from pipeline.data.decode import Choose
 from pipeline.data.order import key
 from pipeline.data.source import RawSample
