@@ -72,16 +72,19 @@ class TrainTransform:
         smaller = (f for f in (8, 4, 2) if min(box[2:]) >= f * self.size)
         return Crop(*box, next(smaller, 1) if self.scaled else 1, self.region)
 
-    def finish(self, pixels: np.ndarray, u: np.ndarray, epoch: int, sample_id: int) -> torch.Tensor:
-        """Of the pixels of the crop."""
-        image = resize(pixels, self.size, self.size)
+    def finish(
+        self, pixels: np.ndarray, u: np.ndarray, epoch: int, sample_id: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Of the pixels of the crop; written to `out` where given, which saves a copy."""
+        image = interpolate(pixels, self.size, self.size)
         if u[_CROP_DRAWS] < self.hflip:
             image = image.flip(-1)
         if self.randaugment:
             # A stream of its own: crop and flip are the same with and without
             draws = uniforms("randaug", self.seed, epoch, sample_id, self.randaugment.draws)
-            image = self.randaugment(image, draws)
-        return reorder(image, self.order)
+            image = self.randaugment(image.contiguous(), draws)
+        image = reorder(image, self.order)
+        return image.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(image)
 
     def crop_box(self, height: int, width: int, u: np.ndarray) -> tuple[int, int, int, int]:
         """(top, left, height, width): ten tries, then the largest centred box of an allowed aspect ratio."""
@@ -135,10 +138,15 @@ def reorder(image: torch.Tensor, order: np.ndarray | None) -> torch.Tensor:
 
 def resize(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
     """Antialiased bilinear resize, uint8 [H, W, C] -> uint8 [C, height, width]."""
+    return interpolate(pixels, height, width).contiguous()
+
+
+def interpolate(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """`resize` whose result may lie in memory in another order, or be `pixels` themselves."""
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
     if image.shape[1:] == (height, width):
-        return image.contiguous()
-    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0].contiguous()
+        return image
+    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
 
 
 def resize_area(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:

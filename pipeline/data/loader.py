@@ -103,7 +103,7 @@ class TrainSamples(Dataset):
             row = None
             try:
                 if sample_id != PADDING and not self.failure:
-                    row = self.row(epoch, sample_id)
+                    row = self.row(epoch, sample_id, images[i])
             except UserError as e:  # raised here it would lose its kind on the way out of a worker
                 self.failure, good = e, [False] * n
             except (BadSample, ValueError, RuntimeError) as e:  # whatever this one image did to a transform
@@ -112,7 +112,6 @@ class TrainSamples(Dataset):
             if row is None:
                 images[i] = 0
             else:
-                images[i] = row.image
                 labels[i], crcs[i], good[i] = row.label, row.crc32, True
         partners = torch.from_numpy(request.partners)
         used = torch.tensor(good)
@@ -130,8 +129,10 @@ class TrainSamples(Dataset):
             self.failure,
         )
 
-    def row(self, epoch: int, sample_id: int) -> Row:
-        """Raises BadSample, UserError for the store's faults, or whatever this one image does to a transform."""
+    def row(self, epoch: int, sample_id: int, out: torch.Tensor | None = None) -> Row:
+        """The image is `out` where given, uint8 [C, size, size].
+
+        Raises BadSample, UserError for the store's faults, or whatever this one image does to a transform."""
         transform = self.transform
         u = transform.draw(epoch, sample_id) if isinstance(transform, TrainTransform) else None
         choose = None if u is None else partial(transform.choose, u)  # type: ignore[union-attr]
@@ -139,8 +140,9 @@ class TrainSamples(Dataset):
         if not 0 <= label < self.num_classes:
             raise BadSample(f"sample {sample_id}: label {label} outside [0, {self.num_classes})")
         if isinstance(transform, TrainTransform) and u is not None:
-            return Row(transform.finish(pixels, u, epoch, sample_id), label, crc)
-        return Row(transform(pixels), label, crc)
+            return Row(transform.finish(pixels, u, epoch, sample_id, out), label, crc)
+        image = transform(pixels)
+        return Row(image if out is None else out.copy_(image), label, crc)
 
     def keep(self, epoch: int, sample_id: int) -> torch.Tensor:
         """Stochastic-depth mask of a sample, [2L] or [0]."""
