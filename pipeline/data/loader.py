@@ -7,7 +7,7 @@ loader's whole state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -134,15 +134,19 @@ class TrainSamples(Dataset):
 
         Raises BadSample, UserError for the store's faults, or whatever this one image does to a transform."""
         transform = self.transform
-        u = transform.draw(epoch, sample_id) if isinstance(transform, TrainTransform) else None
-        choose = None if u is None else partial(transform.choose, u)  # type: ignore[union-attr]
+        if isinstance(transform, TrainTransform):
+            u = transform.draw(epoch, sample_id)
+            choose = partial(transform.choose, u)
+            finish: Callable[..., torch.Tensor] = partial(
+                transform.finish, u=u, epoch=epoch, sample_id=sample_id, out=out
+            )
+        else:
+            choose, finish = None, transform
         pixels, label, crc = self.source.read(sample_id, self.channels, choose)
         if not 0 <= label < self.num_classes:
             raise BadSample(f"sample {sample_id}: label {label} outside [0, {self.num_classes})")
-        if isinstance(transform, TrainTransform) and u is not None:
-            return Row(transform.finish(pixels, u, epoch, sample_id, out), label, crc)
-        image = transform(pixels)
-        return Row(image if out is None else out.copy_(image), label, crc)
+        image = finish(pixels)
+        return Row(image if out is None or image is out else out.copy_(image), label, crc)
 
     def keep(self, epoch: int, sample_id: int) -> torch.Tensor:
         """Stochastic-depth mask of a sample, [2L] or [0]."""
