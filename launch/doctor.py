@@ -196,6 +196,13 @@ def _decoding() -> Iterator[Finding]:
     )
 
 
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
+
+
 def _extras() -> Iterator[Finding]:
     wanted = {
         "s3fs": "s3://",
@@ -203,8 +210,9 @@ def _extras() -> Iterator[Finding]:
         "adlfs": "abfs://",
         "wandb": "logging.to=[wandb]",
         "ray": "--engine ray",
+        "nvidia.nvimgcodec": "data.region_decode",
     }
-    there = {name for name in wanted if importlib.util.find_spec(name)}
+    there = {name for name in wanted if _is_installed(name)}
     if there:
         yield Finding("ok", "extras", ", ".join(f"{name} ({wanted[name]})" for name in sorted(there)))
     missing = sorted(wanted.keys() - there)
