@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,8 +30,13 @@ def philox(*keys: int) -> np.random.Philox:
 
 def uniforms(purpose: str, seed: int, epoch: int, sample_id: int, count: int) -> np.ndarray:
     """`count` float64 in [0, 1) that depend on the arguments alone."""
-    raw = philox(int(key(seed, epoch, purpose)), sample_id).random_raw(count)
+    raw = philox(_stream(seed, epoch, purpose), sample_id).random_raw(count)
     return (raw >> np.uint64(11)) * 2.0**-53
+
+
+@lru_cache(maxsize=64)  # an epoch's samples ask for the same few
+def _stream(seed: int, epoch: int, purpose: str) -> int:
+    return int(key(seed, epoch, purpose))
 
 
 @dataclass(frozen=True)
