@@ -1,6 +1,6 @@
 """Curves and bars as PNG with matplotlib (extra `compare`), in one look for all of `mixer compare`.
 
-Okabe and Ito's colours and a marker of its own tell a curve from the others, with any kind of colour vision and in grey.
+Okabe and Ito's colours and a marker of its own tell a curve from the others, with any colour vision and in grey.
 """
 
 from __future__ import annotations

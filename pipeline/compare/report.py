@@ -11,7 +11,7 @@ from pipeline.run import replace_file
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, its columns padded so that it reads well on a terminal too: the first to the left, others right."""
+    """A markdown table, its columns padded for a terminal too: the first to the left, others right."""
     widths = [max(3, *(len(cell) for cell in column)) for column in zip(header, *rows)]
 
     def line(cells: Sequence[str]) -> str:
