@@ -61,7 +61,7 @@ def verify(
     stores = parse_storage_options(storage_options or [])
     damage = verify_dataset(folder, decode, workers, lambda shard: checked.append(shard.samples), stores)
     for item in damage:
-        typer.echo("  ".join(part for part in item if part), err=True)
+        _say("  ".join(part for part in item if part), err=True)
     if report is not None:
         write_atomic(report, "".join(json.dumps(item._asdict()) + "\n" for item in damage).encode())
     typer.echo(f"{format_shards(len(checked))}, {sum(checked):,} images checked: {len(damage):,} problems")
@@ -96,9 +96,10 @@ def index(
       mixer data index tars/ --label json:class_name --classes names.txt
     """
     from data_tools.indexing import IndexOptions, index_dataset
+    from data_tools.labels import read_classes
     from data_tools.storage import join, parse_storage_options
 
-    names = tuple(classes.read_text(encoding="utf-8").splitlines()) if classes is not None else None
+    names = tuple(read_classes(classes)) if classes is not None else None
     options = IndexOptions(folder, out, split, label, names, decode, parse_bad(max_bad), workers)
     manifest = index_dataset(options, storage_options=parse_storage_options(storage_options or []))
     for name, shards in manifest.splits.items():
@@ -236,4 +237,9 @@ def inspect(
         folder, _, name = target.rpartition("/")
         lines = describe_shard(open_store(folder or ".", stores), name, key, limit, save)
     for line in lines:
-        typer.echo(line)
+        _say(line)
+
+
+def _say(line: str, err: bool = False) -> None:
+    """Keys in others' tars need not be valid UTF-8."""
+    typer.echo(line.encode(errors="backslashreplace").decode(), err=err)

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
+from data_tools.keys import raw_path
 from data_tools.manifest import INDEX_DTYPE
 
 IndexRow = tuple[int, int, int, int, int, int, int]  # in the order of INDEX_DTYPE's fields
 
 
 def key_hash(key: str) -> int:
-    """The 64-bit hash of a sample key that the index stores."""
-    return xxhash.xxh3_64_intdigest(key.encode())
+    """The 64-bit hash of a sample key that the index stores; others' tars have keys that are not valid UTF-8."""
+    return xxhash.xxh3_64_intdigest(raw_path(key))
 
 
 def index_bytes(rows: Sequence[IndexRow]) -> bytes:

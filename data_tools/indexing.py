@@ -77,10 +77,13 @@ def index_dataset(
     """
     if options.label not in ("cls", "none") and not re.fullmatch(r"json:.+", options.label):
         raise UserError(f"--label {options.label}: cls, json:FIELD or none")
+    if not is_url(options.place) and (elsewhere := tars_url(options.place)) is not None:
+        raise UserError(f"{options.place} is the index of {elsewhere}: give that, with --out {options.place}")
     source = open_store(options.place, storage_options)
-    names = sorted(n for n in source.list() if n.endswith(".tar") and not n.startswith("."))
+    there = source.list()
+    names = sorted(n for n in there if n.endswith(".tar") and not n.startswith("."))
     if not names:
-        packed = [n for n in source.list() if re.search(r"\.(tgz|tar\.[a-z0-9]+)$", n)]
+        packed = [n for n in there if re.search(r"\.(tgz|tar\.[a-z0-9]+)$", n)]
         hint = f" ({packed[0]}: unpack compressed tars first, they cannot be read at a position)" if packed else ""
         raise UserError(f"{options.place}: no .tar files{hint}")
     out = _output(source, options, names)
@@ -89,7 +92,7 @@ def index_dataset(
     work = partial(_index_one, options, classes, storage_options or {}, out.place)
     found: list[IndexedTar] = []
     try:
-        for tar in map_processes(work, names, options.workers):
+        for tar in map_processes(work, [(n, there[n]) for n in names], options.workers):
             found.append(tar)
             if report is not None:
                 report(tar)
@@ -103,9 +106,10 @@ def _output(source: Store, options: IndexOptions, names: list[str]) -> Store:
         return source
     options.out.mkdir(parents=True, exist_ok=True)
     if is_url(options.place):
-        if (there := tars_url(options.out)) not in (None, options.place):
+        url = options.place.rstrip("/")
+        if (there := tars_url(options.out)) not in (None, url):
             raise UserError(f"{options.out} has the index of {there}; give an empty folder with --out")
-        write_atomic(options.out / TARS_NAME, f"{options.place}\n".encode())
+        write_atomic(options.out / TARS_NAME, f"{url}\n".encode())
         return LinkedStore(options.out, source)
     for name in names:
         link, target = options.out / name, (Path(options.place) / name).resolve()
@@ -170,10 +174,12 @@ def _split_of(name: str) -> str:
 
 
 def _index_one(
-    options: IndexOptions, classes: list[str] | None, storage_options: dict[str, Any], out_place: str, name: str
-) -> IndexedTar:
+    options: IndexOptions, classes: list[str] | None, storage_options: dict[str, Any], out_place: str,
+    tar_and_size: tuple[str, int],
+) -> IndexedTar:  # fmt: skip
+    name, size = tar_and_size
     source, out = open_store(options.place, storage_options), open_store(out_place, storage_options)
-    stamp = _stamp(options, classes, source, name)
+    stamp = _stamp(options, classes, name, size)
     note = f"{NOTES_FOLDER}/{name}.json"
     if (earlier := _read_note(out, note, stamp)) is not None:
         return earlier
@@ -184,11 +190,9 @@ def _index_one(
     return tar
 
 
-def _stamp(options: IndexOptions, classes: list[str] | None, source: Store, name: str) -> str:
+def _stamp(options: IndexOptions, classes: list[str] | None, name: str, size: int) -> str:
     """What decides the index of a tar, and whether the tar is the same as before."""
-    local = not is_url(options.place)
-    changed = os.stat(Path(options.place) / name).st_mtime_ns if local else 0
-    size = os.stat(Path(options.place) / name).st_size if local else source.list()[name]
+    changed = 0 if is_url(options.place) else os.stat(Path(options.place) / name).st_mtime_ns
     text = json.dumps([1, size, changed, options.label, classes, options.decode])
     return xxhash.xxh3_128_hexdigest(text.encode())
 

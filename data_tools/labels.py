@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.errors import UserError
-from data_tools.sources.rows import MAX_LABEL, Source
+from data_tools.manifest import MAX_LABEL
+from data_tools.sources.rows import Source
 
 _INDEX = re.compile(r"0|-?[1-9][0-9]*")
 
@@ -38,7 +39,7 @@ def number_labels(
     them. Without them, labels that are all plain integers are class indices, unless a source's labels are names
     whatever they look like (folders); other labels are numbered in sorted order.
 
-    Raises UserError for a label that is not in the list, or outside 0..2^31-1; where sources bring different names.
+    Raises UserError for a label that is not in the list, or is no class index; where sources bring different names.
     """
     names = given if given is not None else _brought(sources)
     plain = all(_INDEX.fullmatch(t) for t in labels) and not any(s.names for s in sources)
@@ -49,7 +50,10 @@ def number_labels(
     if plain:
         for text in labels:
             if not 0 <= int(text) <= MAX_LABEL:
-                raise UserError(f"label {text} is outside 0..{MAX_LABEL}")
+                raise UserError(
+                    f"label {text} is outside 0..{MAX_LABEL}: plain numbers are class indices; where they are names "
+                    "or ids, list them with --classes FILE"
+                )
         return {t: int(t) for t in labels}, None
     ordered = sorted(labels)
     return {t: i for i, t in enumerate(ordered)}, ordered

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from data_tools.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
+MAX_LABEL = 10**7 - 1  # class counts are kept for every index up to the largest: ids are no class indices
 
 # One row a sample, in tar order. `offset` and `size` are the image member's data in the tar (not its header).
 INDEX_DTYPE = np.dtype(
@@ -125,13 +127,21 @@ class DatasetManifest:
 
 
 def load_index(path: str | Path, mmap: bool = True) -> np.ndarray:
-    """The index rows of one shard, shape [samples], dtype INDEX_DTYPE; memory-mapped by default."""
+    """The index rows of one shard, shape [samples], dtype INDEX_DTYPE; memory-mapped by default.
+
+    Raises UserError where they are missing or damaged.
+    """
+    return read_rows(lambda: np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False), str(path))
+
+
+def read_rows(load: Callable[[], np.ndarray], where: str) -> np.ndarray:
+    """What `load` gives, checked to be index rows; `where` names them in errors. Raises as `load_index` does."""
     try:
-        rows = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        rows = load()
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: the shard has no index; run `mixer data index`") from None
+        raise UserError(f"{where} is missing: the shard has no index; run `mixer data index`") from None
     except (ValueError, EOFError) as e:
-        raise UserError(f"{path} is damaged ({e}); run `mixer data index` to write it again") from e
+        raise UserError(f"{where} is damaged ({e}); run `mixer data index` to write it again") from e
     if rows.dtype != INDEX_DTYPE or rows.ndim != 1:
-        raise UserError(f"{path} is not a shard index of this format; run `mixer data index` to write it again")
+        raise UserError(f"{where} is not a shard index of this format; run `mixer data index` to write it again")
     return rows

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools.errors import UserError
-from data_tools.manifest import INDEX_DTYPE, ShardInfo
+from data_tools.manifest import ShardInfo, read_rows
 from data_tools.storage import join
 from data_tools.stores import Store
 
@@ -34,16 +34,8 @@ class SampleRef(NamedTuple):
 
 def read_index(store: Store, shard: ShardInfo) -> np.ndarray:
     """The index rows of one shard, dtype INDEX_DTYPE. Raises UserError where they are missing or damaged."""
-    where = join(store.place, shard.index_name)
-    try:
-        rows = np.load(io.BytesIO(store.read(shard.index_name)), allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{where} is missing: the shard has no index; run `mixer data index`") from None
-    except (ValueError, EOFError) as e:
-        raise UserError(f"{where} is damaged ({e}); run `mixer data index` to write it again") from e
-    if rows.dtype != INDEX_DTYPE or rows.ndim != 1:
-        raise UserError(f"{where} is not a shard index of this format; run `mixer data index` to write it again")
-    return rows
+    name = shard.index_name
+    return read_rows(lambda: np.load(io.BytesIO(store.read(name)), allow_pickle=False), join(store.place, name))
 
 
 def read_indexes(store: Store, shards: Iterable[ShardInfo]) -> Iterable[tuple[ShardInfo, np.ndarray]]:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.errors import UserError
+from data_tools.manifest import MAX_LABEL
+from data_tools.tar_reading import StrictInfo
 from data_tools.ustar import BLOCK
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # webdataset's own rule
-_MAX_LABEL = 2**31 - 1
 
 
 class Part(NamedTuple):
@@ -48,14 +49,14 @@ class TarSample:
 def walk_tar(path: Path) -> Iterator[TarSample]:
     """The samples of the tar at `path`, in order; members without a key (folders, links, `.name`) are passed over.
 
-    Raises UserError for what is no plain tar, or where it ends in the middle.
+    Raises UserError for what is no plain tar, or where it ends in the middle or has a damaged header.
     """
     sample: TarSample | None = None
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", tarinfo=StrictInfo) as archive:
             for member in archive:
                 match = _NAME.match(member.name)
-                if match is None or not member.isreg():
+                if match is None or not member.isreg() or member.issparse():
                     continue
                 key, suffix = match[1], match[2].lower()
                 if sample is None or sample.key != key:
@@ -101,13 +102,13 @@ def read_label(
             return -1
         try:
             value = json.loads(read(part)).get(rule.partition(":")[2])
-        except (ValueError, AttributeError) as e:
+        except (ValueError, AttributeError, RecursionError) as e:
             raise BadLabel(f"member .json is not a JSON object: {e}") from e
         if value is None or isinstance(value, list):
             return -1
         text = str(value)
     if classes is not None and text in classes:
         return classes[text]
-    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > _MAX_LABEL:
-        raise BadLabel(f"label {text[:50]!r} is neither a class index nor in the list of classes")
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > MAX_LABEL:
+        raise BadLabel(f"label {text[:50]!r} is neither a class index (0..{MAX_LABEL}) nor in the list of classes")
     return int(text)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.errors import UserError
-from data_tools.manifest import MANIFEST_NAME
+from data_tools.manifest import MANIFEST_NAME, TARS_NAME, tars_url
 from data_tools.sources import places
 from data_tools.sources.archives import ArchiveSource
 from data_tools.sources.folder import FolderSource
@@ -63,6 +63,10 @@ def _open_folder(where: str, columns: Columns, options: places.StorageOptions | 
     except OSError as e:
         raise UserError(f"cannot list {where}: {e.strerror or e}") from e
     files = [n for n, i in entries if not i.is_dir]
+    if TARS_NAME in files:
+        raise UserError(
+            f"{where} is the index of the tars at {tars_url(where)}: give those, or use `mixer data reshard`"
+        )
     if MANIFEST_NAME in files or not any(has_image_suffix(n) for n in files):
         archives = [n for n in files if is_archive(n)]
         if archives:  # before Parquet: img2dataset lays one beside each tar

@@ -19,7 +19,7 @@ import pyarrow as pa
 from data_tools.errors import UserError
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources import places
-from data_tools.sources.manifests import Columns, RowMaker, assign_roles
+from data_tools.sources.manifests import Columns, RowMaker, assign_roles, label_text
 from data_tools.sources.members import ArchiveListing, Member, is_compressed, stem
 from data_tools.sources.rows import SPLIT_ALIASES, Codec, Row, batches_of, has_image_suffix
 
@@ -72,7 +72,7 @@ class ArchiveSource:
                 for row in fill(group):
                     if self._columns.label_from_folder:
                         folder = places.base(places.parent(prefix + os.fsdecode(row.path)))
-                        row = row._replace(label=folder, labels=None)
+                        row = row._replace(label=label_text(folder, where), labels=None)
                     yield row._replace(
                         path=os.fsencode(prefix) + row.path, mtime_ns=mtime, container=os.fsencode(unit),
                         split=row.split or split,
@@ -176,6 +176,7 @@ class _Filler:
         for image in images:
             if not sidecars:
                 label, split = self._folder_of(image.name)
+                label = None if label is None else label_text(label, self._where)
             yield Row(
                 os.fsencode(image.name), image.size, 0, label, labels, split, chosen, extra, b"", image.offset,
                 image.stored, image.codec,
@@ -188,11 +189,12 @@ class _Filler:
         record: dict[str, Any] = {}
         if "json" in sidecars:
             record = self._json(sidecars["json"])
-        if "txt" in sidecars:
-            record.setdefault("txt", self._read(sidecars["txt"]).decode("utf-8", "replace"))
-        label = labels = split = group = None
-        if "cls" in sidecars:
-            label = self._read(sidecars["cls"]).decode("utf-8", "replace").strip()
+        if text := self._text(sidecars, "txt"):
+            record.setdefault("txt", text)
+        labels = split = group = None
+        label = self._text(sidecars, "cls").strip() or None
+        if "cls" in sidecars and label is None:
+            self._ignored["empty .cls neighbours"] += 1
         if record:
             where = f"{self._where}, {sidecars['json' if 'json' in sidecars else 'txt'].name}"
             columns = self._source.columns
@@ -210,10 +212,20 @@ class _Filler:
             return label, labels, split, row.extra, group
         return label, labels, split, None, group
 
+    def _text(self, sidecars: dict[str, Member], suffix: str) -> str:
+        """What a neighbour says; nothing where there is none, or a zip member that cannot be unpacked."""
+        if suffix not in sidecars:
+            return ""
+        try:
+            return self._read(sidecars[suffix]).decode("utf-8", "replace")
+        except ValueError:
+            self._ignored[f"damaged .{suffix} neighbours"] += 1
+            return ""
+
     def _json(self, member: Member) -> dict[str, Any]:
         try:
             record = json.loads(self._read(member))
-        except ValueError:
+        except (ValueError, RecursionError):
             self._ignored["damaged .json neighbours"] += 1
             return {}
         return record if isinstance(record, dict) else {"json": record}

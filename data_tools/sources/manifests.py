@@ -1,4 +1,4 @@
-"""Lists of images as text: CSV and TSV (with a header, or with `--columns` as an S3 Inventory needs), JSON Lines.
+"""Lists of images as text: CSV and TSV (with a header, or with `--header` as an S3 Inventory needs), JSON Lines.
 
 Every column that is not recognised is kept and travels with its image as JSON. Files ending in `.gz` are unpacked
 while they are read.
@@ -91,11 +91,17 @@ def assign_roles(names: list[str], wanted: Columns, where: str) -> Roles:
 
 
 class RowMaker:
-    """Turns one record (a dict of cells) into a Row. `where(n)` names record n in a message."""
+    """Turns one record (a dict of cells) into a Row. `where(n)` names record n in a message.
 
-    def __init__(self, roles: Roles, wanted: Columns, where: Callable[[int], str], ignored: Counter[str]) -> None:
+    quoted_keys: an inventory's keys are URL-encoded, as they are in CSV and not in Parquet.
+    """
+
+    def __init__(
+        self, roles: Roles, wanted: Columns, where: Callable[[int], str], ignored: Counter[str],
+        quoted_keys: bool = False,
+    ) -> None:  # fmt: skip
         self._roles, self._wanted, self._where, self._ignored = roles, wanted, where, ignored
-        self._used = roles.used()
+        self._used, self._quoted_keys = roles.used(), quoted_keys
 
     def __call__(self, number: int, record: dict[str, Any]) -> Row | None:
         """None for a record that is no image (an inventory lists every object)."""
@@ -129,7 +135,12 @@ class RowMaker:
         if roles.path is not None:
             path = self._cell(number, record, roles.path)
         else:
-            key = urllib.parse.unquote_plus(self._cell(number, record, roles.key or ""))
+            key = self._cell(number, record, roles.key or "")
+            if self._quoted_keys:
+                key = urllib.parse.unquote_plus(key)
+            if _is_past(record):
+                self._ignored["old versions and delete markers"] += 1
+                return None
             if not has_image_suffix(key):
                 self._ignored["objects without an image suffix"] += 1
                 return None
@@ -150,6 +161,12 @@ class RowMaker:
         if isinstance(value, list):
             return None, [label_text(v, self._where(number)) for v in value]
         return label_text(self._cell(number, record, column), self._where(number)), None
+
+
+def _is_past(record: dict[str, Any]) -> bool:
+    """Does this record of an inventory of all versions say that the object is not there (any more)?"""
+    said = {name.lower().replace("_", ""): str(value).lower() for name, value in record.items()}
+    return said.get("islatest") == "false" or said.get("isdeletemarker") == "true"
 
 
 def label_text(value: object, where: str) -> str:
@@ -215,10 +232,10 @@ class TextManifest:
                 roles = assign_roles(names, self._columns, self._file)
                 if roles.path is None and roles.key is None:
                     raise UserError(
-                        f"{self._file} needs a header with the columns path,label[,split], or --columns; it has: "
+                        f"{self._file} needs a header with the columns path,label[,split], or --header; it has: "
                         f"{', '.join(names) or 'none'}"
                     )
-                make = RowMaker(roles, self._columns, lambda n: f"{self._file}, line {n}", ignored)
+                make = RowMaker(roles, self._columns, lambda n: f"{self._file}, line {n}", ignored, quoted_keys=True)
                 for cells in reader:
                     line = reader.line_num
                     if not cells:
@@ -250,7 +267,7 @@ class TextManifest:
                     row = make(line, record)
                     if row is not None:
                         yield row
-        except (ValueError, EOFError, gzip.BadGzipFile) as e:
+        except (ValueError, RecursionError, EOFError, gzip.BadGzipFile) as e:
             raise UserError(f"{self._file}, line {line}: {e}; every line must be a JSON object in UTF-8") from e
 
     def _json_maker(self, names: tuple[str, ...], line: int, ignored: Counter[str]) -> RowMaker:

@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple, cast
 from data_tools.errors import UserError
 from data_tools.sources import places
 from data_tools.sources.rows import Codec, has_image_suffix
+from data_tools.tar_reading import StrictInfo
 
 TAR_SUFFIXES = (".tar",)
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -106,7 +107,7 @@ class ArchiveListing:
 
     def _tar(self, file: BinaryIO, prefix: str, base: int, depth: int) -> Iterator[Member]:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictInfo) as archive:
                 for info in archive:
                     archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all it saw
                     if not info.isreg() or info.issparse():
@@ -141,7 +142,7 @@ class ArchiveListing:
                         self._ignored["encrypted members"] += 1
                         continue
                     yield from self._zip_member(prefix, base, depth, info)
-        except (zipfile.BadZipFile, EOFError, ValueError, struct.error) as e:
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, struct.error) as e:
             self._fail(prefix, e, base)
 
     def _zip_member(self, prefix: str, base: int, depth: int, info: zipfile.ZipInfo) -> Iterator[Member]:
@@ -162,10 +163,12 @@ class ArchiveListing:
 
     def _compressed(self) -> Iterator[Member]:
         try:
-            with tarfile.open(fileobj=open_stream(self._path, self._raw), mode="r|") as archive:
+            with tarfile.open(fileobj=open_stream(self._path, self._raw), mode="r|", tarinfo=StrictInfo) as archive:
                 for info in archive:
                     archive.members.clear()  # type: ignore[attr-defined]
                     if not info.isreg() or info.issparse():
+                        if not info.isdir():
+                            self._ignored["links and devices in archives"] += 1
                         continue
                     if is_archive(info.name):
                         self._ignored["archives inside compressed archives"] += 1

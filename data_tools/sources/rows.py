@@ -20,7 +20,6 @@ from data_tools.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 SPLIT_ALIASES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-MAX_LABEL = 2**31 - 1
 BATCH_ROWS = 1 << 14
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_]{1,32}")
 
