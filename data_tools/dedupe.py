@@ -128,7 +128,12 @@ def dataset_hashes(place: str, options: dict[str, Any] | None = None, workers: i
         with store.local(shard.name) as path, open(path, "rb") as tar:
             for i, (offset, size) in enumerate(zip(rows["offset"].tolist(), rows["size"].tolist())):
                 tar.seek(offset)
-                found[i] = content_digest(tar.read(size))
+                data = tar.read(size)
+                if len(data) < size:
+                    raise UserError(
+                        f"--dedupe-against {place}: {shard.name} is damaged; see `mixer data verify {place}`"
+                    )
+                found[i] = content_digest(data)
         return found
 
     try:

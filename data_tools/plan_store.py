@@ -49,14 +49,20 @@ def remove_plan(folder: Path) -> None:
 def load_plan(folder: Path) -> ShardPlan | None:
     """The plan in `folder`, None where there is none. Raises UserError for one of another version or damaged."""
     try:
-        raw: dict[str, Any] = json.loads((folder / "plan.json").read_bytes())
+        return decode_plan((folder / "plan.json").read_bytes(), str(folder.parent))
     except FileNotFoundError:
         return None
+
+
+def decode_plan(header: bytes, out: str) -> ShardPlan:
+    """The plan of the set at `out` from its header. Raises UserError as `load_plan` does."""
+    try:
+        raw: dict[str, Any] = json.loads(header)
     except ValueError as e:
-        raise UserError(f"{folder / 'plan.json'} is damaged ({e}); delete {folder.parent}") from e
+        raise UserError(f"{out}/{PLAN_FOLDER}/plan.json is damaged ({e}); delete {out}") from e
     if raw.get("version") != PLAN_VERSION:
         raise UserError(
-            f"{folder} was planned by another release (version {raw.get('version')}, now {PLAN_VERSION}); "
+            f"{out} was planned by another release (version {raw.get('version')}, now {PLAN_VERSION}); "
             "finish it with that release, or give another output folder"
         )
     corpus = raw["corpus"]

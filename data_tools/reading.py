@@ -23,7 +23,6 @@ from data_tools.plan import CorpusSummary, PlannedSample
 from data_tools.sources import places
 from data_tools.sources.members import inflate_member, is_compressed, open_stream
 from data_tools.sources.rows import Codec
-from data_tools.storage import retrying
 
 MAX_FILE_BYTES = 1 << 30  # an image is read whole; more than this is no training image
 _FILE = int(Codec.FILE)
@@ -31,7 +30,6 @@ _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _AHEAD = 32  # remote files being read at once
 _SKIP_BYTES = 1 << 20
 _MAX_OPEN = 64  # containers at once
-_HTTP_SECONDS = 10.0
 # The file itself is the trouble, not the disk or the network: retrying does not help.
 _UNREADABLE = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
@@ -89,18 +87,24 @@ class SampleReader:
             yield from self._read_here(rest)
             return
         with ThreadPoolExecutor(_AHEAD) as pool:
-            waiting: deque[tuple[PlannedSample, Future[bytes | BadImage]]] = deque()
+            waiting: deque[tuple[PlannedSample, Future[bytes | BadImage] | None]] = deque()
+
+            def ask(some: Iterable[PlannedSample]) -> None:
+                for sample in some:
+                    # Other sources' samples wait for their turn: an open archive is for one thread
+                    ahead = sample.codec == _FILE and places.is_remote(self._where(sample))
+                    waiting.append((sample, pool.submit(self._or_reason, sample) if ahead else None))
+
             try:
-                for sample in islice(rest, _AHEAD):
-                    waiting.append((sample, pool.submit(self._or_reason, sample)))
+                ask(islice(rest, _AHEAD))
                 while waiting:
                     sample, future = waiting.popleft()
-                    yield sample, future.result()
-                    for more in islice(rest, 1):
-                        waiting.append((more, pool.submit(self._or_reason, more)))
+                    yield sample, self._or_reason(sample) if future is None else future.result()
+                    ask(islice(rest, 1))
             finally:
                 for _, future in waiting:
-                    future.cancel()
+                    if future is not None:
+                        future.cancel()
 
     def _read_here(self, samples: Iterable[PlannedSample]) -> Iterator[tuple[PlannedSample, bytes | BadImage]]:
         """One after the other. Files below a local root take a short way: for small ones every call is felt."""
@@ -188,27 +192,19 @@ def _read_local(path: str, size: int, mtime_ns: int) -> bytes:
 
 def _read_remote(url: str, sample: PlannedSample, options: dict[str, Any]) -> bytes:
     fs = places.filesystem(url, options)
-    web = url.startswith(("http://", "https://"))
     try:
-        data: bytes = retrying(lambda: _fetch(fs, url), url, _HTTP_SECONDS if web else None)
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as e:
+        data: bytes = places.patiently(lambda: fs.cat_file(url), url)
+    except PermissionError as e:
+        raise UnreadableImage(f"unreadable: {e}") from e
+    except (FileNotFoundError, IsADirectoryError) as e:
         raise UnreadableImage(f"unreadable: {type(e).__name__}") from e
     except UserError as e:
-        if web:  # one server among many is no reason to end a run
+        if places.is_web(url):  # one server among many is no reason to end a run
             raise UnreadableImage(f"unreadable: {e}".split(" (tried")[0]) from e
         raise
     if sample.size and len(data) != sample.size:
         raise _changed(url, f"has {len(data)} bytes instead of {sample.size}: it was written again")
     return data
-
-
-def _fetch(fs: Any, url: str) -> bytes:
-    try:
-        return fs.cat_file(url)
-    except Exception as e:
-        if "Credentials" in type(e).__name__:  # botocore's own kinds: waiting does not help
-            raise UserError(f"{url}: {e}; see --storage-options") from e
-        raise
 
 
 def _too_large(sample: PlannedSample) -> BadImage:
@@ -317,18 +313,19 @@ class _Table(_Container):
         return value
 
 
-_stream: dict[str, _Stream] = {}  # of this process: at most one compressed tar, where its last slice ended
+_stream: dict[tuple[str, int], _Stream] = {}  # of this process: at most one compressed tar, where its last slice ended
 
 
 def _open_container(path: str, sample: PlannedSample, options: dict[str, Any]) -> _Container:
     if sample.codec == Codec.PARQUET:
         return _Table(path, sample, options)
     if sample.codec == Codec.STREAM and is_compressed(path):
-        if path not in _stream:
+        this = path, sample.mtime_ns
+        if this not in _stream:
             for old in _stream.values():
                 old.file.close()
             _stream.clear()
-            _stream[path] = _Stream(path, sample, options)
-        _stream[path].check()
-        return _stream[path]
+            _stream[this] = _Stream(path, sample, options)
+        _stream[this].check()
+        return _stream[this]
     return _Container(path, sample, options)

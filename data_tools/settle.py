@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from data_tools.manifest import MANIFEST_NAME, index_name
 from data_tools.output import Output
 from data_tools.pack import marker_path
 from data_tools.plan import ShardPlan
-from data_tools.plan_store import DUPLICATES_NAME, PLAN_FOLDER, load_plan, remove_plan
+from data_tools.plan_store import DUPLICATES_NAME, PLAN_FOLDER, decode_plan, load_plan, remove_plan
 from data_tools.planner import Report as PlanReport
 from data_tools.storage import is_url
 from data_tools.stores import LocalStore, Store
@@ -100,10 +99,8 @@ def _settle_remote(output: Output, plan: ShardPlan, overwrite: bool, known: bool
         if not known:
             _refuse_foreign(output)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "plan.json").write_bytes(header)
-        earlier = load_plan(Path(folder))
-    if earlier is None or earlier.digest == plan.digest:
+    earlier = decode_plan(header, output.place)
+    if earlier.digest == plan.digest:
         return
     if not overwrite:
         raise _other_plan(output, _difference(earlier, plan))

@@ -146,6 +146,7 @@ RETRY_SECONDS = 120.0  # how long a store may be out of reach before a run gives
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
 # Trying again does not help: the name, the permission or the request is wrong.
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_PASSING_STATUS = {408, 425, 429}  # of HTTP's 4xx: too slow, too early, too many requests
 _PERMANENT_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.EBADF}
 
 
@@ -182,6 +183,8 @@ def parse_storage_options(texts: Collection[str]) -> dict[str, Any]:
         target = options
         for parent in parents:
             target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise UserError(f"--storage-options {text}: {parent} has a value of its own already")
         try:
             target[last] = json.loads(value)
         except ValueError:
@@ -205,8 +208,8 @@ def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, st
 def retrying(action: Callable[[], Result], what: str, seconds: float | None = None) -> Result:
     """`action()`, tried again with growing pauses for up to `seconds` while its errors may pass.
 
-    Missing names, refused permissions and full disks are raised at once; after the last try Unfinished says
-    `what` failed.
+    Missing names, refused permissions, full disks and missing credentials (as UserError) are raised at once; after
+    the last try Unfinished says `what` failed.
     """
     begin, pause = time.monotonic(), _FIRST_PAUSE
     limit = RETRY_SECONDS if seconds is None else seconds
@@ -218,6 +221,11 @@ def retrying(action: Callable[[], Result], what: str, seconds: float | None = No
         except Exception as e:  # client libraries raise their own kinds: botocore's are no OSError
             if isinstance(e, (TypeError, ValueError)) or getattr(e, "errno", None) in _PERMANENT_ERRNO:
                 raise
+            status = getattr(e, "status", None)  # of aiohttp's kind
+            if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS:
+                raise PermissionError(f"HTTP status {status}") from e
+            if "Credentials" in type(e).__name__:  # botocore's own kinds
+                raise UserError(f"{what}: {e}; see --storage-options") from e
             if time.monotonic() - begin + pause > limit:
                 tried = time.monotonic() - begin
                 raise Unfinished(

@@ -73,11 +73,13 @@ class LocalStore:
         self.write(name, path.read_bytes())
 
     def list(self, folder: str = "") -> dict[str, int]:
-        try:
-            with os.scandir(self.folder / folder) as entries:
-                return {e.name: e.stat().st_size for e in entries if e.is_file()}
-        except FileNotFoundError:
-            return {}
+        found: dict[str, int] = {}
+        with suppress(FileNotFoundError), os.scandir(self.folder / folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # another process has just renamed what it wrote
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
+        return found
 
     def delete(self, names: Collection[str]) -> None:
         for name in names:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from data_tools import storage
 from data_tools.errors import UserError
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 _READ_AHEAD = 8 << 20
+_WEB_SECONDS = 10.0  # how long a web server, one among many, may be out of reach
 
 StorageOptions = dict[str, Any]
+Result = TypeVar("Result")
 
 
 class Info(NamedTuple):
@@ -39,6 +42,10 @@ def local_path(path: str) -> str:
 
 def is_remote(path: str) -> bool:
     return is_url(path) and not path.startswith("file://")
+
+
+def is_web(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
 
 
 def join(root: str, path: str) -> str:
@@ -63,6 +70,11 @@ def filesystem(url: str, options: StorageOptions | None) -> Any:
     return storage.filesystem(url, options)[0]
 
 
+def patiently(action: Callable[[], Result], url: str) -> Result:
+    """What a store answers. Raises what `storage.retrying` does: Unfinished where it stays out of reach."""
+    return storage.retrying(action, f"cannot read {url}", _WEB_SECONDS if is_web(url) else None)
+
+
 def info(path: str, options: StorageOptions | None = None) -> Info | None:
     """What lies at `path`; None for nothing, or nothing that may be looked at."""
     if not is_remote(path):
@@ -73,7 +85,7 @@ def info(path: str, options: StorageOptions | None = None) -> Info | None:
         return Info(found.st_size, found.st_mtime_ns, os.path.isdir(local_path(path)))
     fs = filesystem(path, options)
     try:
-        raw = fs.info(path)
+        raw = patiently(lambda: fs.info(path), path)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         return None
     return Info(int(raw.get("size") or 0), 0, raw.get("type") == "directory")
@@ -86,7 +98,7 @@ def stamp(path: str, options: StorageOptions | None = None) -> str:
         return f"{path} missing"
     mark = str(found.mtime_ns)
     if is_remote(path):
-        raw = filesystem(path, options).info(path)
+        raw = patiently(lambda: filesystem(path, options).info(path), path)
         mark = str(raw.get("ETag") or raw.get("etag") or raw.get("LastModified") or raw.get("created") or "")
     return f"{path} {found.size} {mark}"
 
@@ -95,10 +107,20 @@ def open_binary(path: str, options: StorageOptions | None = None) -> BinaryIO:
     """Opens for reading with seek. Raises UserError where that cannot be."""
     try:
         if is_remote(path):
-            return filesystem(path, options).open(path, "rb", block_size=_READ_AHEAD, cache_type="readahead")
+            return _open_remote(filesystem(path, options), path)
         return open(local_path(path), "rb")
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+
+
+def _open_remote(fs: Any, path: str) -> BinaryIO:
+    """A file whose reading outlasts an outage of its store."""
+    file = patiently(lambda: fs.open(path, "rb", block_size=_READ_AHEAD, cache_type="readahead"), path)
+    cache = getattr(file, "cache", None)  # through which fsspec's remote files read
+    if cache is not None:
+        fetch = cache.fetcher
+        cache.fetcher = lambda start, end: patiently(lambda: fetch(start, end), path)
+    return file
 
 
 def list_folder(path: str, options: StorageOptions | None = None) -> list[tuple[str, Info]]:
@@ -110,7 +132,9 @@ def list_folder(path: str, options: StorageOptions | None = None) -> list[tuple[
             if seen is not None:
                 found.append((entry.name, seen))
         return sorted(found)
-    listed = cast("list[dict[str, Any]]", filesystem(path, options).ls(path, detail=True))
+    fs = filesystem(path, options)
+    listed = cast("list[dict[str, Any]]", patiently(lambda: fs.ls(path, detail=True), path))
+    fs.invalidate_cache(path)  # fsspec would keep every listing: all the names of a large corpus
     return sorted(
         (base(str(raw["name"])), Info(int(raw.get("size") or 0), 0, raw["type"] == "directory"))
         for raw in listed
