@@ -29,6 +29,7 @@ from data_tools.sources import Columns, Source, open_sources
 from data_tools.storage import write_atomic
 
 WORK_FOLDER = "work"
+_NOTE = "sources.txt"  # in it: which listing the rest belongs to
 _DESCRIBE_ROWS = 5_000_000  # larger corpora are compared by their counts alone
 
 
@@ -136,6 +137,9 @@ class Draft:
         listing, numbering = self.listing, self.numbering
         dropped = self._find_dropped()
         runs = self._work / f"runs-{self._runs_mark(dropped)}"
+        for other in self._work.glob("runs-*"):  # of other options: the tables below would not be theirs any more
+            if other != runs:
+                planner.clear(other)
         if not runs.exists():
             for path in self._folder.glob("samples-*.parquet"):  # of a plan that was never finished
                 path.unlink()
@@ -145,7 +149,8 @@ class Draft:
         )
 
     def clear(self) -> None:
-        """Deletes the work in progress."""
+        """Deletes the work in progress; first what makes it count, so that a kill in between is safe."""
+        (self._work / _NOTE).unlink(missing_ok=True)
         planner.clear(self._work)
 
     # --- parts ----------------------------------------------------------------------------------------------
@@ -153,7 +158,7 @@ class Draft:
     def _check_work(self) -> None:
         """Keeps the work of a killed run only where it belongs to the same sources."""
         mark = fingerprint(self._sources, [asdict(self._request.columns)])
-        note = self._work / "sources.txt"
+        note = self._work / _NOTE
         if note.exists() and note.read_text() == mark:
             return
         self.clear()

@@ -6,27 +6,23 @@ A run may be killed at any moment; the same call goes on where it stopped.
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from data_tools.draft import WORK_FOLDER, Draft, Request
-from data_tools.errors import Interrupted, UserError
+from data_tools.errors import UserError
 from data_tools.estimate import estimate_seconds
 from data_tools.finalize import finalize
 from data_tools.hashing import HASH_FOLDER, on_processes, waiting_tasks
 from data_tools.local_pool import LocalPool
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
-from data_tools.output import Output
+from data_tools.output import Output, alone_in, explained, terminated_like_interrupted
+from data_tools.parallel import available_cores
 from data_tools.plan import Order, PlanOptions, ShardPlan
 from data_tools.plan_store import load_plan
 from data_tools.progress import Board, PlanPrinter, Progress
@@ -170,11 +166,11 @@ def shard_corpus(options: ShardOptions, report: Report | None = None) -> Dataset
         from data_tools.slurm_array import wait_for_array
 
         job = submit_corpus(options)
-        with _errors(options.output()):
+        with explained(options.output()):
             wait_for_array(job, options.output(), report)
         return finalize_corpus(options.out, options.max_bad, options.storage_options, options.work)
     output = options.output()
-    with _errors(output), _alone_in(output):
+    with explained(output), alone_in(output):
         plan = settle_plan(options, output, None if report is None else PlanPrinter())
         tasks = make_tasks(plan, Inputs.of(plan.corpus, options.storage_options), output)
         _run_missing(plan, tasks, options.workers, options.engine, report)
@@ -184,7 +180,7 @@ def shard_corpus(options: ShardOptions, report: Report | None = None) -> Dataset
 def plan_into(options: ShardOptions) -> ShardPlan:
     """Writes the plan into the output folder and packs nothing: `run_part` does, then `finalize_corpus`."""
     output = options.output()
-    with _errors(output), _alone_in(output):
+    with explained(output), alone_in(output):
         return settle_plan(options, output, PlanPrinter())
 
 
@@ -208,15 +204,15 @@ def run_part(output: Output, task_id: int, num_tasks: int, workers: int = 0, rep
         raise UserError(f"--task-id {task_id}: must be from 0 to {num_tasks - 1} (--num-tasks {num_tasks})")
     folder = output.plan_folder
     hashing = waiting_tasks(folder / WORK_FOLDER / HASH_FOLDER, output.storage_options)
-    if hashing is not None:  # the plan is still being made
-        with _errors(output), _terminate_like_interrupt():
+    if hashing is not None and load_plan(folder) is None:  # the plan is still being made
+        with explained(output), terminated_like_interrupted():
             missing = [t for t in hashing[task_id::num_tasks] if not t.out.exists()]
             deque(on_processes(workers)(missing), maxlen=0)
         return
     plan = stored_plan(output)
     with (
-        _errors(output),
-        _terminate_like_interrupt(),
+        explained(output),
+        terminated_like_interrupted(),
         lock_folder(output.folder, folder / "lock", shared=True),
         lock_folder(output.folder, folder / f"lock-{task_id}-of-{num_tasks}"),
     ):
@@ -234,7 +230,7 @@ def finalize_corpus(
     """The last step alone, for a plan whose shards were packed by `run_part`. Raises UserError as it does."""
     output = Output.at(out, storage_options, work)
     stored_plan(output)
-    with _errors(output), _alone_in(output):
+    with explained(output), alone_in(output):
         return finalize(output, max_bad)
 
 
@@ -244,32 +240,6 @@ def stored_plan(output: Output) -> ShardPlan:
     if plan is None:
         raise UserError(f"{output.folder} holds no plan; make one with `mixer shard SOURCE {output.place} --plan-only`")
     return plan
-
-
-@contextmanager
-def _alone_in(output: Output) -> Iterator[None]:
-    output.plan_folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(output.folder, output.plan_folder / "lock"), _terminate_like_interrupt():
-        output.remove_leftovers()
-        yield
-
-
-@contextmanager
-def _errors(output: Output) -> Iterator[None]:
-    """Ctrl-C and trouble with a disk as messages for people."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; finished shards stay in {output.place}: the same command goes on") from None
-    except OSError as e:
-        raise _disk_error(e, output.folder) from e
-
-
-def _disk_error(e: OSError, out: Path) -> UserError:
-    place = e.filename or out
-    known = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your quota is used up"}
-    what = known.get(e.errno or 0, e.strerror or str(e))
-    return UserError(f"{place}: {what}; committed shards stay: mend that and run the same command to go on")
 
 
 # --- packing ------------------------------------------------------------------------------------------------
@@ -312,13 +282,6 @@ def _run_missing(plan: ShardPlan, tasks: list[Task], workers: int, engine: Engin
     board.show(now=True)
 
 
-def available_cores() -> int:
-    """Cores this process may use; within a SLURM job no more than it asked for."""
-    cores = len(os.sched_getaffinity(0))
-    allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(cores, int(allotted)) if allotted.isdigit() and int(allotted) else cores
-
-
 def _check_space(output: Output, tasks: list[Task], workers: int) -> None:
     """For what stays here: all shards, or those in work where finished ones move to an object store."""
     sizes = sorted((t.pack.shard.bytes for t in tasks), reverse=True)
@@ -343,20 +306,3 @@ def _pack_here(tasks: list[Task], board: Board) -> None:
 
         packed = run_task(task, progress)
         board.finished(packed, last[2])
-
-
-@contextmanager
-def _terminate_like_interrupt() -> Iterator[None]:
-    """SIGTERM (a scheduler's or a container's way to ask) ends the run as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

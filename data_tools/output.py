@@ -6,21 +6,25 @@ is committed locally, its done marker last, and then deleted here.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Collection
+import signal
+import threading
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from data_tools.errors import UserError
+from data_tools.errors import Interrupted, UserError
 from data_tools.manifest import index_name
 from data_tools.pack import PackedShard, marker_path
 from data_tools.plan_store import PLAN_FOLDER
-from data_tools.storage import is_url, remove_leftovers
+from data_tools.storage import is_url, lock_folder, remove_leftovers
 from data_tools.stores import Store, open_store
 
 
@@ -73,6 +77,48 @@ class Output:
             names = {n for s in shards for n in (s, index_name(s), marker_path(self.folder, s).name)}
         remove_leftovers(self.folder, names)
         remove_leftovers(self.plan_folder, names)
+
+
+@contextmanager
+def alone_in(output: Output) -> Iterator[None]:
+    """The only run that writes there; what a killed one left half-written is gone. Raises UserError where another
+    one is at it."""
+    output.plan_folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(output.folder, output.plan_folder / "lock"), terminated_like_interrupted():
+        output.remove_leftovers()
+        yield
+
+
+@contextmanager
+def explained(output: Output) -> Iterator[None]:
+    """Ctrl-C and trouble with a disk as messages for people."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; finished shards stay in {output.place}: the same command goes on") from None
+    except OSError as e:
+        known = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your quota is used up"}
+        what = known.get(e.errno or 0, e.strerror or str(e))
+        raise UserError(
+            f"{e.filename or output.folder}: {what}; committed shards stay: mend that and run the same command to go on"
+        ) from e
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM (a scheduler's or a container's way to ask) ends the run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _default_work(url: str) -> Path:

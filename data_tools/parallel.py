@@ -17,13 +17,20 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def available_cores() -> int:
+    """Cores this process may use; within a SLURM job no more than it asked for."""
+    cores = len(os.sched_getaffinity(0))
+    allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cores, int(allotted)) if allotted.isdigit() and int(allotted) else cores
+
+
 def map_processes(work: Callable[[Item], Result], items: Iterable[Item], workers: int = 0) -> Iterator[Result]:
     """`work(item)` for each item, by up to `workers` processes (0: one a core); in this one where that is enough.
 
     Memory: a few items and results for each process. Raises what `work` raised; UserError where a process died.
     """
     todo = list(items)
-    workers = min(workers or len(os.sched_getaffinity(0)), len(todo))
+    workers = min(workers or available_cores(), len(todo))
     if workers <= 1:
         yield from map(work, todo)
         return

@@ -39,17 +39,19 @@ _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 
 @dataclass(frozen=True)
 class Piece:
-    """A source shard: in the set at `place`, which is the `owner`-th source."""
+    """A source shard: in the set at `place`, which is the `owner`-th source. `numbers`: old class index -> new one;
+    None keeps them."""
 
     place: str
     info: ShardInfo
     owner: int
+    numbers: dict[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class CopyTask:
-    """One shard to write. `rows`: key, shard (number in `pieces`), row, start, end, label, split; `twin`: rows whose
-    key came before and gets a new name."""
+    """One shard to write. `rows`: key, shard (number in `pieces`), row, start, end, label, split; `twin`: 0,
+    or for a key that came before, and gets a new name, the how-manieth time its own set repeats it."""
 
     name: str
     split: str
@@ -143,23 +145,42 @@ def _append(tar: HashedTar, task: CopyTask, number: int, piece: Piece, row: Any,
     match = _NAME.match(name)
     if match is None or key_hash(match[1]) != row["key"]:
         raise UserError(f"{where}: key is not the index'; see `mixer data verify {piece.place}`")
-    key = _new_key(match[1], piece.owner if task.twin[number] else None)
+    key = _new_key(match[1], piece.owner, int(task.twin[number]))
     offset = tar.add(f"{key}.{match[2].lower()}", image)
     if label >= 0:
         tar.add(f"{key}.cls", b"%d" % label)
     for member, content in others:
         found = _NAME.match(member)
         suffix = found[2].lower() if found else ""
+        if suffix == "json" and label < 0 and piece.numbers is not None:
+            content = _renumber(content, piece.numbers)
         if suffix != "cls" and _SUFFIX.fullmatch(suffix):
             tar.add(f"{key}.{suffix}", content)
     return key_hash(key), offset, size, int(row["crc32"]), label, int(row["width"]), int(row["height"])
 
 
-def _new_key(key: str, owner: int | None) -> str:
+def _new_key(key: str, owner: int, repeated: int) -> str:
     """The key itself where it is plain, else a clean one; with the number of its set where it came before."""
-    if owner is None:
-        return key if _PLAIN_KEY.fullmatch(key) else member_key(key)
-    return f"{member_key(key)[: MAX_KEY - 8]}_set{owner}"
+    clean = key if _PLAIN_KEY.fullmatch(key) else member_key(key)
+    if not repeated:
+        return clean
+    mark = f"_set{owner}" + (f"-{repeated}" if repeated > 1 else "")
+    if len(clean) + len(mark) > MAX_KEY:  # its end may be all that tells it from the next one
+        mark = f"-{key_hash(key):016x}{mark}"
+    return clean[: MAX_KEY - len(mark)] + mark
+
+
+def _renumber(content: bytes, numbers: dict[int, int]) -> bytes:
+    """A `.json` member in which the class indices of a sample with several labels are those of the new set."""
+    try:
+        record = json.loads(content)
+        labels = record["labels"]
+        if not all(type(label) is int for label in labels):
+            return content
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return content  # no list of ours
+    record["labels"] = [numbers[label] for label in labels if label in numbers]
+    return json.dumps(record, separators=(",", ":")).encode()
 
 
 def _members(data: bytes, where: str) -> Iterator[tuple[str, int, int]]:

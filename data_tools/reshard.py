@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,12 +21,12 @@ from data_tools.errors import UserError
 from data_tools.finalize import SHEET_NAME, publish_manifest
 from data_tools.index import key_hash
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest, ShardInfo, index_name
-from data_tools.output import Output
+from data_tools.output import Output, alone_in, explained
 from data_tools.pack import PackedShard, marker_path
 from data_tools.parallel import map_processes
 from data_tools.range_copy import CopyTask, Piece, copy_shard, foreign_extents
 from data_tools.stats import read_indexes
-from data_tools.storage import lock_folder, write_atomic
+from data_tools.storage import write_atomic
 from data_tools.stores import load_manifest, open_store
 from data_tools.tasks import decode_marker
 from data_tools.ustar import BLOCK, END
@@ -109,9 +110,7 @@ def reshard(options: ReshardOptions, report: Callable[[PackedShard], None] | Non
     output = Output.at(options.out, options.storage_options, options.work)
     if any(Path(s).resolve() == output.folder.resolve() for s in options.sources):
         raise UserError(f"{options.out} is one of the sources; give another folder")
-    output.plan_folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(output.folder, output.plan_folder / "lock"):
-        output.remove_leftovers()
+    with explained(output), alone_in(output):
         sources = _open(options)
         digest = _digest(options, sources)
         _refuse_other(output, digest)
@@ -301,9 +300,7 @@ def _cut(
     options: ReshardOptions, sources: _Sources, rows: np.ndarray, names: list[str], digest: str, output: Output
 ) -> list[CopyTask]:
     """Consecutive shards, each as full as both limits allow; `rows` are sorted by split."""
-    _, first = np.unique(rows["key"], return_index=True)
-    twin = np.ones(len(rows), bool)
-    twin[first] = False
+    twin = _count_twins(sources, rows)
     tasks: list[CopyTask] = []
     for number, split in enumerate(names):
         mine = np.flatnonzero(rows["split"] == number)
@@ -326,12 +323,26 @@ def _cut(
     return tasks
 
 
+def _count_twins(sources: _Sources, rows: np.ndarray) -> np.ndarray:
+    """For each row, 0 where its key is new; else the how-manieth repetition of the key in the row's own set it is."""
+    _, first = np.unique(rows["key"], return_index=True)
+    late = np.ones(len(rows), bool)
+    late[first] = False
+    seen: Counter[tuple[int, int]] = Counter()
+    twin = np.zeros(len(rows), np.uint32)
+    for i in np.flatnonzero(late).tolist():
+        this = int(rows["key"][i]), sources.shards[rows["shard"][i]][0]
+        seen[this] += 1
+        twin[i] = seen[this]
+    return twin
+
+
 def _pieces(options: ReshardOptions, sources: _Sources, rows: np.ndarray) -> dict[int, Piece]:
     """Every source shard that these rows need."""
     pieces: dict[int, Piece] = {}
     for number in np.unique(rows["shard"]).tolist():
         owner, _, info = sources.shards[number]
-        pieces[number] = Piece(options.sources[owner], info, owner)
+        pieces[number] = Piece(options.sources[owner], info, owner, sources.relabel[owner])
     return pieces
 
 

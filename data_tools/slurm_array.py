@@ -25,6 +25,7 @@ from data_tools.storage import OPTIONS_VARIABLE, write_atomic
 from data_tools.tasks import read_markers
 
 _POLL_SECONDS = 2.0
+_ANSWER_SECONDS = 60.0  # for squeue
 _MOST_TASKS = 100  # where nobody says how many
 _SCRIPT = """#!/bin/bash
 # One task of an array that packs (or first hashes for) {place}; written by `mixer shard --engine slurm`.
@@ -144,9 +145,11 @@ def _marker_names(listing: dict[str, int]) -> list[str]:
 
 def _is_queued(job: str) -> bool:
     """Does SLURM still have a task of `job` to run, or one running? Trouble with asking counts as yes."""
-    run = subprocess.run(
-        ["squeue", "--noheader", "--jobs", job, "--format=%T"], capture_output=True, text=True, timeout=60
-    )
+    command = ["squeue", "--noheader", "--jobs", job, "--format=%T"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
+    except (subprocess.TimeoutExpired, OSError):
+        return True
     if run.returncode:
         return "Invalid job id" not in run.stderr
     return bool(run.stdout.split())
