@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 _ENCODE = re.compile(r"keep|(jpeg|webp)(?::([0-9]{1,3}))?")
 _DEFAULT_QUALITY = {"jpeg": 90, "webp": 85}
+_LONGEST = {"jpeg": 65500, "webp": 16383}  # pixels a side that libjpeg and libwebp take
 _RESIZED = ("jpeg", 95)  # where an image is made smaller and no encoding is asked for
+# EXIF orientation -> what turns the pixels upright
+_UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+            7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
 
 
 def check_encode(text: str) -> str:
@@ -47,7 +51,7 @@ def converts(options: PlanOptions) -> bool:
 def convert(data: bytes, info: ImageInfo, options: PlanOptions) -> tuple[bytes, ImageInfo]:
     """(new bytes, their format and size). `info` is what `check_image` said of `data`.
 
-    Raises BadImage where the image does not decode.
+    Raises BadImage where the image does not decode, or is too long for the format.
     """
     small = not options.resize or min(info.width, info.height) <= options.resize
     if options.encode == "keep" and small:
@@ -59,6 +63,8 @@ def convert(data: bytes, info: ImageInfo, options: PlanOptions) -> tuple[bytes, 
         image = _load(data, info, 0 if small else options.resize)
         if not small:
             image = _shrink(image, options.resize)
+        if max(image.size) > _LONGEST[kind]:
+            raise BadImage(f"{image.width} x {image.height} pixels, {kind} takes {_LONGEST[kind]} a side at most")
         encoded = _encode(image, kind, quality)
     return encoded, ImageInfo("jpg" if kind == "jpeg" else kind, image.width, image.height)
 
@@ -70,24 +76,26 @@ def _parse(encode: str) -> tuple[str, int]:
 
 def _load(data: bytes, info: ImageInfo, target: int) -> Image.Image:
     """Pixels as L or RGB, upright, in sRGB; JPEGs perhaps reduced, to at least twice `target` (0: not)."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     _, name = sniff_format(data)
     with Image.open(io.BytesIO(data), formats=(name,)) as opened:
-        exif, profile = opened.getexif(), opened.info.get("icc_profile")
+        orientation, profile = _orientation(opened), opened.info.get("icc_profile")
         image = _decode_jpeg(data, info, target) if name == "JPEG" else None
         if image is None:
             opened.load()
             image = opened.copy()
         image = _plain_mode(image, profile)
-        orientation = exif.get(0x0112, 1)
-    if orientation != 1:
-        mark = Image.Exif()
-        mark[0x0112] = orientation
-        image.info["exif"] = mark.tobytes()
-        image.getexif()[0x0112] = orientation
-        image = ImageOps.exif_transpose(image)
-    return image
+    how = _UPRIGHT.get(orientation)
+    return image if how is None else image.transpose(Image.Transpose[how])
+
+
+def _orientation(image: Image.Image) -> object:
+    """As EXIF counts it; 1 where there is none, or where EXIF is damaged, which costs no image its place."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # Pillow raises anything over it: SyntaxError, struct.error
+        return 1
 
 
 def _decode_jpeg(data: bytes, info: ImageInfo, target: int) -> Image.Image | None:

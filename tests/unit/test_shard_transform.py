@@ -139,3 +139,29 @@ def test_encodings_that_exist():
     for text in ("png", "jpeg:0", "jpeg:101", "jpeg:", "webp:x"):
         with pytest.raises(UserError, match="--encode"):
             check_encode(text)
+
+
+def test_an_image_too_long_for_the_format_is_said_to_be():
+    wide = saved(Image.new("RGB", (20_000, 8), "red"), "PNG")
+    for options in ({"encode": "webp:80"}, {"encode": "webp:80", "resize": 7}):
+        with pytest.raises(BadImage, match=r"^(20000 x 8|17500 x 7) pixels, webp takes 16383 a side at most$"):
+            converted(wide, **options)
+    assert converted(wide, encode="webp:80", resize=6).size == (15_000, 6)
+    with pytest.raises(BadImage, match=r"70000 x 1 pixels, jpeg takes 65500"):
+        converted(saved(Image.new("L", (70_000, 1)), "PNG"), encode="jpeg:80")
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"garbage and more",
+        b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x03ab\0\0",  # the orientation as text
+        b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0",  # 99
+        b"MM\0*\xff\xff\xff\x08\0\x01",  # pointing out of it
+        b"",
+    ],
+)
+def test_damaged_exif_costs_no_image_its_place(exif):
+    data, segment = saved(smooth(64, 48), "JPEG"), b"Exif\0\0" + exif
+    data = data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
+    assert converted(data, resize=24).size == (32, 24)
