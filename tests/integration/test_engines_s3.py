@@ -8,13 +8,17 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from corpora import make_corpus, markers, run, set_files, start, wait_until
+from corpora import jpeg, make_corpus, markers, run, set_files, start, wait_until
+from PIL import Image
 from s3_server import S3Server
+from source_helpers import list_rows
 
 from data_tools.engines import ShardOptions, shard_corpus
 from data_tools.errors import UserError
 from data_tools.manifest import DatasetManifest
+from data_tools.stores import open_store
 from pipeline.data.source import Access, open_source
 
 pytest.importorskip("s3fs")
@@ -100,6 +104,50 @@ def test_a_server_that_lost_everything_is_noticed_and_filled_again(corpus, undis
     assert stored(server) == undisturbed
 
 
+# --- shards that are uploaded in parts ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """A corpus of one shard above 100 MB, and the set it makes."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "in").mkdir()
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 255, (3000, 3000, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "in" / f"{i}.bmp")
+    shard_corpus(ShardOptions(folder / "in", folder / "out", workers=1))
+    assert sum(p.stat().st_size for p in (folder / "out").glob("*.tar")) > 105e6
+    return folder / "in", set_files(folder / "out")
+
+
+def parts_are_coming(server: S3Server) -> bool:
+    return bool(server.client().list_multipart_uploads(Bucket="sets").get("Uploads"))
+
+
+def test_killed_while_a_shard_is_uploaded_in_parts(large, server, tmp_path):
+    source, undisturbed = large
+    first = start(*arguments(source, server, tmp_path), start_new_session=True)
+    wait_until(lambda: parts_are_coming(server), first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert count(server, "set/", ".tar") == 0
+    run(*arguments(source, server, tmp_path))
+    assert stored(server) == undisturbed
+
+
+def test_a_server_killed_while_a_shard_is_uploaded_in_parts(large, server, tmp_path):
+    source, undisturbed = large
+    process = start(*arguments(source, server, tmp_path))
+    wait_until(lambda: parts_are_coming(server), process)
+    server.kill()
+    time.sleep(2)
+    assert process.poll() is None
+    server.start()  # and it knows nothing of the parts that it had
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    assert stored(server) == undisturbed
+
+
 # --- the corpus in a store ----------------------------------------------------------------------------------
 
 
@@ -180,6 +228,48 @@ def test_an_outage_of_the_corpus_is_waited_out(undisturbed, corpus_in_store, ser
     assert process.returncode == 0, error
     tars = {n: d for n, d in undisturbed.items() if n.endswith((".tar", ".npy"))}
     assert {n: d for n, d in set_files(out).items() if n in tars} == tars  # nothing is there twice
+
+
+def test_an_outage_while_a_list_is_read_and_while_an_archive_is(corpus, corpus_in_store, server, tmp_path):
+    server.kill()
+    out = tmp_path / "out"
+    process = start(*from_store(f"{corpus_in_store}.tar", out, server))
+    time.sleep(4)
+    assert process.poll() is None and not out.exists()
+    server.start()
+    wait_until(lambda: markers(out) >= 3, process)
+    server.kill()
+    time.sleep(4)
+    server.start()
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    assert sorted(members(out)) == sorted(p.read_bytes() for p in corpus.rglob("*.jpg"))
+
+
+def test_many_objects_and_odd_names(server, tmp_path):
+    client = server.client()
+    odd = ["a b.jpg", "a+b.jpg", "a%20b.jpg", "q?x=1.jpg", "h#y.jpg", "[1]*.jpg", "ü☃.jpg"]
+    names = [f"{i:05d}.jpg" for i in range(1100)] + odd
+    for name in ("", "deep/"):  # as consoles mark a folder
+        client.put_object(Bucket="sets", Key=f"many/{name}", Body=b"")
+    for i, name in enumerate(names):
+        client.put_object(Bucket="sets", Key=f"many/{name}", Body=jpeg(i) if name in odd else b"x")
+    rows, ignored = list_rows("s3://sets/many", **server.options)
+    assert [r["path"].decode() for r in rows] == sorted(names) and not ignored
+    assert set(open_store("s3://sets/many", server.options).list()) >= set(names)  # a page has 1,000
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"path": f"s3://sets/many/{n}"}) + "\n" for n in odd))
+    shard_corpus(ShardOptions(tmp_path / "m.jsonl", tmp_path / "out", workers=1, storage_options=server.options))
+    assert sorted(members(tmp_path / "out")) == sorted(jpeg(1100 + i) for i in range(len(odd)))
+
+
+def test_missing_credentials_are_said_at_once(server, tmp_path):
+    options = {k: v for k, v in server.options.items() if k not in ("key", "secret")}
+    more = ["--storage-options", json.dumps(options)]
+    env = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}
+    for place in (["s3://sets/photos", tmp_path / "out"], [make_corpus(tmp_path / "in", 3), "s3://sets/new"]):
+        error = run("shard", *place, *more, *(["--work", tmp_path / "work"] if place[1] == "s3://sets/new" else []),
+                    code=1, env=env)  # fmt: skip
+        assert "Unable to locate credentials; see --storage-options" in error and "Traceback" not in error
 
 
 def test_refusals(corpus, server, tmp_path):

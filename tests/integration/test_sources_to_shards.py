@@ -7,6 +7,7 @@ import os
 import pickle
 import tarfile
 import threading
+import time
 import zipfile
 from contextlib import suppress
 from functools import partial
@@ -390,19 +391,35 @@ def test_a_missing_object_is_quarantined(tmp_path, memory):
         packed("memory://bucket/nothing", tmp_path / "out2")
 
 
+class RefusingHandler(SimpleHTTPRequestHandler):
+    """A web server that does not show everything to everybody."""
+
+    def log_message(self, *_):
+        pass
+
+    def send_head(self):
+        if "secret" in self.path:
+            return self.send_error(403)
+        return super().send_head()
+
+
 def test_images_behind_http(tmp_path):
     pytest.importorskip("aiohttp")
     make_corpus(tmp_path / "www", 6)
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
-    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    handler = partial(RefusingHandler, directory=str(tmp_path / "www"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
         files = sorted(p.relative_to(tmp_path / "www") for p in (tmp_path / "www").rglob("*.jpg"))
         lines = [json.dumps({"url": f"{base}/{p}", "label": p.parent.name}) for p in files]
-        (tmp_path / "m.jsonl").write_text("\n".join([*lines, json.dumps({"url": f"{base}/no.jpg", "label": "class0"})]))
-        _, found = packed(tmp_path / "m.jsonl", tmp_path / "out", max_bad=1)
+        lines += [json.dumps({"url": f"{base}/{name}.jpg", "label": "class0"}) for name in ("no", "secret")]
+        (tmp_path / "m.jsonl").write_text("\n".join(lines))
+        begin = time.monotonic()
+        _, found = packed(tmp_path / "m.jsonl", tmp_path / "out", max_bad=2)
+        assert time.monotonic() - begin < 9  # neither is asked for again and again
         server.shutdown()
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(reasons) == ["unreadable: FileNotFoundError", "unreadable: HTTP status 403"]
     assert sorted(s["jpg"] for s in found.values()) == sorted(jpeg(i) for i in range(6))
 
 
@@ -502,7 +519,7 @@ class Killed(BaseException):
     """No error that anybody catches."""
 
 
-def test_samples_of_another_set_are_kept_out(tmp_path):
+def test_samples_of_another_set_are_kept_out(tmp_path, memory):
     packed(make_corpus(tmp_path / "val", 5), tmp_path / "val-set")
     source = make_corpus(tmp_path / "in", 20)  # the first five are the same images
     manifest, found = packed(source, tmp_path / "out", dedupe_against=(tmp_path / "val-set",))
@@ -511,6 +528,15 @@ def test_samples_of_another_set_are_kept_out(tmp_path):
     assert (tmp_path / "out" / "duplicates.jsonl").read_text().count("held out") == 5
     with pytest.raises(UserError, match="held_out was"):
         packed(source, tmp_path / "out")
+    for path in (tmp_path / "val-set").iterdir():
+        if path.is_file():
+            memory.pipe(f"/bucket/val/{path.name}", path.read_bytes())
+    again = ShardOptions(source, tmp_path / "out", workers=1, dedupe_against=("memory://bucket/val",))
+    assert shard_corpus(again) == manifest  # a copy of the set at a URL is the same set
+    tar = memory.cat("/bucket/val/train-000000.tar")
+    memory.pipe("/bucket/val/train-000000.tar", tar[: len(tar) // 2])
+    with pytest.raises(UserError, match=r"memory://bucket/val: train-000000.tar is damaged"):
+        shard_corpus(again)
     with pytest.raises(UserError, match=r"no dataset.json"):
         packed(source, tmp_path / "out2", dedupe_against=(tmp_path / "in",))
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -273,3 +274,39 @@ def test_a_contact_sheet_is_drawn(dataset):
 
     with Image.open(dataset / "contact-sheet.png") as sheet:
         assert sheet.format == "PNG" and sheet.width > 500
+
+
+def test_a_full_disk_ends_a_reshard_with_a_message(dataset, tmp_path):
+    def limit() -> None:  # no file may grow beyond this: writing fails within a tar
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    error = run("data", "reshard", dataset, tmp_path / "out", code=1, preexec_fn=limit)
+    assert "run the same command to go on" in error and "Traceback" not in error
+    assert not list((tmp_path / "out").glob("train*.tar")) and not list((tmp_path / "out").glob(".*"))
+    run("data", "reshard", dataset, tmp_path / "out")
+    assert samples(tmp_path / "out") == samples(dataset)
+
+
+def test_an_index_elsewhere_is_no_source_and_no_place_to_index(dataset, tmp_path):
+    (tmp_path / "tars.url").write_text("s3://public/laion\n")
+    with pytest.raises(UserError, match=r"index of the tars at s3://public/laion: give those"):
+        shard_corpus(ShardOptions(tmp_path, tmp_path / "out", workers=1))
+    with pytest.raises(UserError, match="is the index of s3://public/laion: give that, with --out"):
+        index_dataset(IndexOptions(str(tmp_path), workers=1))
+
+
+def test_a_class_list_that_is_missing_or_says_a_name_twice(foreign, tmp_path):
+    (tmp_path / "names").write_text("a\na\n")
+    for file, message in ((tmp_path / "names", "already on line 1"), (tmp_path / "none", "No such file")):
+        error = run("data", "index", foreign, "--classes", file, code=1)
+        assert message in error and "Traceback" not in error
+
+
+def test_lists_of_keys(dataset, tmp_path):
+    (tmp_path / "keys").write_text("class0/00000\nclass1/00001\nclass2/00002\nno/such\n")
+    (tmp_path / "drop").write_text("class1/00001\n")
+    run("data", "reshard", dataset, tmp_path / "kept", "--keys", tmp_path / "keys", "--drop-keys", tmp_path / "drop")
+    assert set(samples(tmp_path / "kept")) == {jpeg(0), jpeg(2)}
+    run("data", "reshard", dataset, tmp_path / "rest", "--drop-keys", tmp_path / "keys")
+    assert set(samples(tmp_path / "rest")) == {jpeg(i) for i in range(3, 60)}
+    assert "none: [Errno 2]" in run("data", "reshard", dataset, tmp_path / "x", "--keys", tmp_path / "none", code=1)

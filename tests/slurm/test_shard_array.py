@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from corpora import make_corpus, markers, repeated, run, set_files, start, wait_until
 
-from data_tools.engines import Output, ShardOptions, plan_into, shard_corpus
+from data_tools import draft, slurm_array
+from data_tools.engines import Output, ShardOptions, plan_into, run_part, shard_corpus
+from data_tools.errors import UserError
 from data_tools.slurm_array import array_script
 
 
@@ -102,3 +104,31 @@ def test_the_script_quotes_what_it_is_given(tmp_path):
         env={"SLURM_ARRAY_TASK_ID": "7", "PATH": os.environ["PATH"]}, cwd=tmp_path, capture_output=True, text=True,
     ).stdout.split("\0")  # fmt: skip
     assert shown[-5:] == ["--task-id", "7", "--", str(hostile), ""] and not (tmp_path / "x").exists()
+
+
+def test_a_scheduler_that_does_not_answer_is_asked_again(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text("#!/bin/sh\nsleep 20\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(slurm_array, "_ANSWER_SECONDS", 0.1)
+    assert slurm_array._is_queued("7")
+
+
+def test_parts_pack_as_soon_as_there_is_a_plan(tmp_path, monkeypatch):
+    """What a run killed at the very end of planning left of its hashing is no work any more."""
+    source, out = make_corpus(tmp_path / "in", 12), tmp_path / "out"
+
+    clear = draft.Draft.clear
+
+    def interrupted(self):
+        if (out / "plan" / "plan.json").exists():
+            raise KeyboardInterrupt
+        clear(self)
+
+    monkeypatch.setattr(draft.Draft, "clear", interrupted)
+    options = ShardOptions(source, out, max_samples=5, dedupe="exact", workers=1)
+    with pytest.raises(UserError, match="interrupted"):
+        plan_into(options)
+    for part in range(2):
+        run_part(options.output(), part, 2, workers=1)
+    assert markers(out) == 3

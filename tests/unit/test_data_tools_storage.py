@@ -1,12 +1,13 @@
 """Storage options, retries, stores, and walking tars."""
 
 import json
+import threading
 
 import pytest
 
 from data_tools import storage
 from data_tools.errors import UserError
-from data_tools.storage import is_url, lock_folder, parse_storage_options, remove_leftovers, retrying
+from data_tools.storage import is_url, lock_folder, parse_storage_options, remove_leftovers, retrying, write_atomic
 from data_tools.stores import LocalStore, ObjectStore, open_store
 
 
@@ -18,9 +19,9 @@ def test_storage_options():
         "client_kwargs": {"region_name": "eu"},
         "n": 3,
     }
-    for text in ("novalue", "=x", "{bad"):
+    for texts in (["novalue"], ["=x"], ["{bad"], ["a=1", "a.b=2"]):
         with pytest.raises(UserError, match="storage-options"):
-            parse_storage_options([text])
+            parse_storage_options(texts)
 
 
 def test_storage_options_from_the_environment(monkeypatch):
@@ -80,6 +81,24 @@ def test_stores(tmp_path, kind):
         pass
     store.delete(["b.tar", "c"])
     assert store.list() == {}
+
+
+def test_a_listing_while_others_commit_misses_nothing(tmp_path):
+    """A part of an array lists what is done while its neighbours write into the same folder."""
+    (tmp_path / "done").write_bytes(b"123")
+    stop = threading.Event()
+
+    def commit() -> None:
+        while not stop.is_set():
+            write_atomic(tmp_path / "other", b"x")
+
+    writer = threading.Thread(target=commit)
+    writer.start()
+    try:
+        assert all(LocalStore(tmp_path).list().get("done") == 3 for _ in range(3000))
+    finally:
+        stop.set()
+        writer.join()
 
 
 def test_a_missing_driver_is_named():
