@@ -90,12 +90,13 @@ def _load(data: bytes, info: ImageInfo, target: int) -> Image.Image:
     return image if how is None else image.transpose(Image.Transpose[how])
 
 
-def _orientation(image: Image.Image) -> object:
+def _orientation(image: Image.Image) -> int:
     """As EXIF counts it; 1 where there is none, or where EXIF is damaged, which costs no image its place."""
     try:
-        return image.getexif().get(0x0112, 1)
+        value = image.getexif().get(0x0112, 1)
     except Exception:  # Pillow raises anything over it: SyntaxError, struct.error
         return 1
+    return value if isinstance(value, int) else 1
 
 
 def _decode_jpeg(data: bytes, info: ImageInfo, target: int) -> Image.Image | None:
