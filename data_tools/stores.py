@@ -111,7 +111,12 @@ class ObjectStore:
 
     def upload(self, path: Path, name: str) -> None:
         def put() -> None:
-            self._fs.put_file(str(path), self._path(name))
+            try:
+                self._fs.put_file(str(path), self._path(name))
+            except FileNotFoundError as e:
+                if "NoSuchUpload" not in str(e.__cause__):
+                    raise
+                raise OSError("the store forgot an upload in parts") from e  # it begins anew
             self._fs.invalidate_cache()
             size = self._fs.info(self._path(name))["size"]
             if size != path.stat().st_size:
