@@ -19,6 +19,9 @@ from pipeline.run import append_line, read_lines
 TRAIN_SCRIPT, EVAL_SCRIPT = "launch/job.sh", "launch/eval.sh"
 
 
+_BY_A_USER = ("user", "resume", "inside")
+
+
 def book(run: Path, event: str, job: str, **details: Any) -> None:
     """Appends to jobs.jsonl."""
     append_line(run / "jobs.jsonl", {"time": time.time(), "event": event, "job": job, **details})
@@ -27,7 +30,9 @@ def book(run: Path, event: str, job: str, **details: Any) -> None:
 def booked(run: Path) -> list[dict[str, Any]]:
     """Lines of jobs.jsonl since the user last submitted the run."""
     lines = list(read_lines(run / "jobs.jsonl"))
-    asked = [i for i, line in enumerate(lines) if line["event"] == "submitted" and line["by"] in ("user", "resume")]
+    asked = [
+        i for i, line in enumerate(lines) if line["event"] == "submitted" and line["by"] in ("user", "resume", "inside")
+    ]
     return lines[asked[-1] if asked else 0 :]
 
 

@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> int:
     )
     environment = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "WANDB_MODE": "offline", **os.environ}
     agent = Agent(torchrun, arguments[5:], int(nproc), environment)
+    for name in dict.fromkeys(seen):  # arrived while it was started
+        agent.send_signal(signal.Signals[name])
     outcome = agent.wait()
     report = {"codes": outcome.codes, "agent": outcome.agent, "signals": seen}
     replace_file(folder / f"{node}.json", json.dumps(report) + "\n")

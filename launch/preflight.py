@@ -138,8 +138,8 @@ def _memory_holds() -> bool:
 def compare(reports: dict[str, dict[str, Any]], skew: dict[str, float], frozen: dict[str, str]) -> dict[str, list[str]]:
     """node -> what is wrong with it, alone or beside the others; only nodes with something wrong.
 
-    skew: seconds that a node's clock is ahead of the first node's. frozen: the versions at submission, which win where
-    the nodes disagree.
+    skew: seconds that a node's clock is ahead of the first node's, which may be the one that is wrong: what counts is
+    the median. frozen: the versions at submission, which win where the nodes disagree.
     """
     failed = {node: list(report["problems"]) for node, report in reports.items()}
     keys = sorted({key for report in reports.values() for key in report["versions"]})
@@ -150,9 +150,10 @@ def compare(reports: dict[str, dict[str, Any]], skew: dict[str, float], frozen: 
             for node, report in reports.items():
                 if report["versions"].get(key) != right:
                     failed[node].append(f"{key} {report['versions'].get(key)}, the others have {right}")
+    usual = sorted(skew.values())[(len(skew) - 1) // 2] if skew else 0.0
     for node, seconds in skew.items():
-        if abs(seconds) > MAX_SKEW_SECONDS:
-            failed[node].append(f"its clock is {seconds:+.0f} s off")
+        if abs(seconds - usual) > MAX_SKEW_SECONDS:
+            failed[node].append(f"its clock is {seconds - usual:+.0f} s off")
     speeds = sorted(min(r["tflops"]) for r in reports.values() if r.get("tflops"))
     for node, report in reports.items():
         if report.get("tflops") and min(report["tflops"]) < MIN_SPEED * speeds[len(speeds) // 2]:

@@ -19,6 +19,16 @@ _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
+class _AsWritten(yaml.SafeLoader):
+    """Numbers stay text. YAML would make 86400 of 24:00:00 and 83 of 0123, which SLURM takes for other things."""
+
+
+_AsWritten.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 @dataclass
 class Container:
     """Where the training processes run in an image; the launcher itself runs beside it, on the node's `python3`."""
@@ -74,7 +84,7 @@ def load_profile(name_or_path: str | None) -> Profile:
             f"{', '.join(list_profiles())}; or give the path of a YAML file)"
         )
     try:
-        return parse_profile(yaml.safe_load(path.read_text()) or {})
+        return parse_profile(yaml.load(path.read_text(), Loader=_AsWritten) or {})
     except (yaml.YAMLError, UserError, OSError) as e:
         raise UserError(f"cluster profile {path}: {e}") from None
 
@@ -93,9 +103,11 @@ def parse_profile(raw: Any) -> Profile:
             raise UserError(f"sbatch: {name!r} is not the name of an option (without the leading --)")
         if isinstance(value, (list, dict)):
             raise UserError(f"sbatch.{name}: write one value, not a list")
-    for name in profile.env:
+    for name, value in profile.env.items():
         if not _VARIABLE.fullmatch(str(name)):
             raise UserError(f"env: {name!r} is not the name of an environment variable")
+        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+            raise UserError(f"env.{name}: write one value, in quotes if it is a word like true, off or null")
     profile.env = {name: str(value) for name, value in profile.env.items()}
     return profile
 

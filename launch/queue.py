@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.jobs import seconds_of
 from pipeline.run import last_lines
 
 _SECONDS = 10  # a controller that does not answer must not hold up who only wants to look
@@ -44,11 +45,17 @@ def queued(jobs: Iterable[str], seconds: float = _SECONDS) -> dict[str, Queued]:
     return {row[0]: Queued(*row[1:]) for row in rows if len(row) == 4 and row[0] in wanted}
 
 
+def seconds_left(job: str, within: float = 60) -> float | None:
+    """Until a job's time limit; infinite where there is none. None: SLURM does not say, in `within` seconds."""
+    said = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%L", seconds=within).strip()
+    return seconds_of(said) if said else None
+
+
 def ended(job: str) -> str | None:
     """How SLURM's accounting says a job ended ("OUT_OF_MEMORY, exit code 0:125"); None where it does not know."""
     if shutil.which("sacct") is None:
         return None
-    rows = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode").split()
+    rows = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode").splitlines()
     state, _, code = (rows[-1] if rows else "").partition("|")
     return f"{state}, exit code {code}" if state and code else None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
-from launch.jobs import EVAL_SCRIPT, TRAIN_SCRIPT, seconds_of, submit_eval, submit_script
+from launch.jobs import EVAL_SCRIPT, TRAIN_SCRIPT, book, seconds_of, submit_eval, submit_script
 from launch.profiles import Profile, refuse_control_characters
 from launch.queue import queued
 from launch.snapshot import freeze
@@ -110,11 +110,17 @@ class Submission:
             options |= {"exclusive": "", "mem": "0"}
         if training:
             # A short job, for a test perhaps, must not be signalled as soon as it begins
-            lead = min(launch.signal_lead, int(seconds_of(launch.time) / 4)) if launch.time else launch.signal_lead
-            options["signal"] = f"USR2@{max(lead, 1)}"
+            lead = min(launch.signal_lead, seconds_of(launch.time) / 4) if launch.time else launch.signal_lead
+            options["signal"] = f"USR2@{max(int(lead), 1)}"
         for name, value in profile.sbatch.items():
             options[name] = "" if value is True else None if value is False else value
         return {name: str(value) for name, value in options.items() if value is not None}
+
+    @property
+    def signal_lead(self) -> int:
+        """Seconds before the time limit at which SLURM tells the job to save; 0 where a profile has it otherwise."""
+        found = re.search(r"@(\d+)", self.options().get("signal", ""))
+        return int(found[1]) if found else 0
 
     @property
     def job_name(self) -> str:
@@ -140,6 +146,7 @@ class Submission:
             "gpus_per_node": c.launch.gpus_per_node or 0,
             "cpus_per_node": c.launch.cpus_per_node,
             "requeue": requeue,
+            "signal_lead": 0 if requeue == "never" else self.signal_lead,
             "max_restarts": c.launch.max_restarts,
             "max_requeues": c.launch.max_requeues,
             "preflight": c.launch.preflight,
@@ -158,7 +165,9 @@ class Submission:
         frozen = freeze(run.path, refresh=refresh)
         text = to_yaml(self.config)
         replace_file(run.path / "launch" / "config.yaml", text)
-        if self.template and self.template != kept_template(run.path):
+        if self.template is None:
+            (run.path / KEPT_TEMPLATE).unlink(missing_ok=True)  # of an earlier submission
+        elif self.template != kept_template(run.path):
             replace_file(run.path / KEPT_TEMPLATE, self.template.read_text())
         if not run.config.exists():
             replace_file(run.config, text)
@@ -179,12 +188,17 @@ class Submission:
         self.write(refresh=refresh)
         _clear(self.run)
         jobs = []
-        for link in range(self.chain):
-            more = ["--dependency=singleton"] if self.chain > 1 else []
-            jobs.append(submit_script(self.run.path, by=by if link == 0 else "chain", options=more,
-                                      nodes=self.config.launch.nodes))  # fmt: skip
-        if self.then_eval:
-            jobs.append(submit_eval(self.run.path, jobs[-1]))
+        more = ["--dependency=singleton"] if self.chain > 1 else []
+        try:
+            for link in range(self.chain):
+                jobs.append(submit_script(self.run.path, by=by if link == 0 else "chain", options=more,
+                                          nodes=self.config.launch.nodes))  # fmt: skip
+            if self.then_eval:
+                jobs.append(submit_eval(self.run.path, jobs[-1]))
+        except UserError as e:
+            if not jobs:
+                raise
+            raise UserError(f"{e}\nJob {', '.join(jobs)} is submitted and stays; `mixer stop` takes it back") from None
         return jobs
 
     def inside(self) -> int:
@@ -193,6 +207,8 @@ class Submission:
             raise UserError("--inside runs in an allocation: first `salloc --nodes=2 ...`, then this command in it")
         self.write(refresh=True, requeue="never")
         _clear(self.run)
+        # The user wants it now: what is counted (starts without progress) is counted from here
+        book(self.run.path, "submitted", os.environ["SLURM_JOB_ID"], by="inside", nodes=self.config.launch.nodes)
         env = {**os.environ, "PYTHONPATH": _front(self.run.path / "code"), "PYTHONSAFEPATH": "1",
                **_network(self.profile.interface), **self.profile.env}  # fmt: skip
         command = [self.host_python, "-m", "launch.slurm_job", "train", str(self.run.path)]
@@ -216,7 +232,8 @@ def refuse_running(run: RunFolder) -> None:
 
 def job_states(run: RunFolder) -> dict[str, str]:
     """job id -> state, of the run's jobs that SLURM still knows; empty where it cannot be asked."""
-    known = {line["job"] for line in read_lines(run.path / "jobs.jsonl") if line["event"] == "submitted"}
+    lines = [line for line in read_lines(run.path / "jobs.jsonl") if line["event"] == "submitted"]
+    known = {line["job"] for line in lines if line["by"] != "inside"}  # an allocation outlives what ran in it
     return {job: found.state for job, found in queued(known, seconds=60).items()}
 
 

@@ -9,6 +9,7 @@ Standard library only: with containers it runs on the node's own Python.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,14 +18,16 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
 from launch.failure import first_failure
-from launch.jobs import book, booked, expand, seconds_of, submit_eval, submit_script
+from launch.jobs import book, booked, expand, submit_eval, submit_script
 from launch.preflight import MARK, compare
+from launch.queue import seconds_left
 from pipeline.logs import LOGS, StartLogs
 from pipeline.run import RunFolder, read_lines
 
@@ -34,6 +37,7 @@ _SILENT = "no answer"
 _STEP_GRACE = 75.0  # more than srun's --wait: after that srun itself hangs, for instance on a node out of reach
 _LOCK_PATIENCE = 120
 _LIMIT_MARGIN = 15.0
+_UNFIT_IN_A_ROW = 20  # preflights: an outage of the checkpoints' store or a full disk passes, a mistake does not
 
 
 @dataclass
@@ -56,7 +60,8 @@ class Job:
         self.logs = run / "logs" / f"{self.id}.{self.restart}"
         self.stopping = False  # SLURM or a person ends this job
         self._goes_on = False  # a later start or another job is seen to
-        self._limit = time.monotonic() + _seconds_left(self.id)
+        left = seconds_left(self.id)
+        self._limit = time.monotonic() + (float("inf") if left is None else left)
 
     # -- the life of a job ----------------------------------------------------------------------------------------
 
@@ -78,6 +83,12 @@ class Job:
         fruitless = attempt = 0
         while True:
             failed = self._preflight(attempt)
+            if self.stopping:
+                return self._end(EXIT_SAVED, "stopped" if self._stop_asked() else "cancelled")
+            if attempt and self._signal_is_past():
+                code = self._end(EXIT_SAVED, "saved", f"at step {max(self._saved_step(), 0)}; too late to start again")
+                self._requeue("the time limit is near")
+                return code
             if failed:
                 return self._leave_out(failed)
             before = self._saved_step()
@@ -138,10 +149,27 @@ class Job:
         return None
 
     def _saved_step(self) -> int:
-        return max((e["step"] for e in read_lines(self.run.events) if e["event"] == "save"), default=-1)
+        """Of the newest save, not the highest: a damaged checkpoint or a sick step takes the run back."""
+        step = -1
+        for event in read_lines(self.run.events):
+            step = event["step"] if event["event"] == "save" else step
+        return step
+
+    def _signal_is_past(self) -> bool:
+        """SLURM has told the job to save: it will not tell processes that are started from now on."""
+        lead = self.plan.get("signal_lead", 0)
+        return time.monotonic() > self._limit - min(lead + 60, 2 * lead)  # it may come up to 60 s early
 
     def _stop_asked(self) -> bool:
         return (self.run.path / "STOP").exists()
+
+    def go_on_after_trouble(self) -> int:
+        """This launcher itself failed: a file system that was away for a moment must not end the run for good."""
+        troubles = sum(line["event"] == "ended" and line["why"] == "trouble" for line in booked(self.run.path))
+        code = self._end(70, "trouble", "the launcher itself failed: see above")
+        if not self.stopping and troubles < self.plan["max_restarts"]:
+            self._requeue("the launcher itself failed")
+        return code
 
     # -- nodes ------------------------------------------------------------------------------------------------------
 
@@ -160,18 +188,21 @@ class Job:
         skew: dict[str, float] = {}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace")
         timer = threading.Timer(_PREFLIGHT_SECONDS if not attempt else _PREFLIGHT_SECONDS / 5, process.kill)
+        timer.daemon = True
         timer.start()
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith(MARK):
-                report = json.loads(line.removeprefix(MARK))
+            before, mark, text = line.partition(MARK)
+            report = _parsed(text) if mark else None
+            if report:
+                print(before, end="", flush=True)
                 reports[report["node"]] = report
                 skew[report["node"]] = report["clock"] - time.time()
             else:
                 print(line, end="", flush=True)
         process.wait()
         timer.cancel()
-        if self.stopping:
+        if self.stopping or (attempt and self._signal_is_past()):  # whoever is silent was signalled
             return {}
         failed = compare(reports, skew, self.plan["versions"])
         silent = [node for node in self.nodes if node not in reports]
@@ -188,13 +219,20 @@ class Job:
     def _leave_out(self, failed: dict[str, list[str]]) -> int:
         """Another job without the nodes that failed; where all did, the fault is not theirs."""
         everywhere = len(failed) == len(self.nodes)
-        if everywhere and any(problems != [_SILENT] for problems in failed.values()):
+        checks = [line["ok"] for line in booked(self.run.path) if line["event"] == "preflight"]
+        in_a_row = checks[::-1].index(True) if any(checks) else len(checks)
+        silent = all(problems == [_SILENT] for problems in failed.values())
+        if everywhere and not any(checks) and not silent:
             return self._end(1, "unfit", "every node fails the preflight: see above")
-        checks = [line for line in booked(self.run.path) if line["event"] == "preflight"]
-        if everywhere and len(checks) > self.plan["max_restarts"] and not any(line["ok"] for line in checks):
+        if everywhere and not any(checks) and in_a_row > self.plan["max_restarts"]:
             return self._end(1, "unfit", "no node has ever answered: can srun start `python3 -m launch.preflight`?")
+        if in_a_row > _UNFIT_IN_A_ROW:
+            return self._end(1, "unfit", f"{in_a_row} preflights in a row failed: see above; then `mixer resume`")
+        if everywhere:
+            code = self._end(EXIT_SAVED, "unfit", "every node: once more, on any")
+            return code if self._requeue("no node is fit") else 1
         code = self._end(EXIT_SAVED, "unfit", f"going on without {', '.join(failed)}")
-        return code if self._requeue("unfit: " + ", ".join(failed), set() if everywhere else set(failed)) else 1
+        return code if self._requeue("unfit: " + ", ".join(failed), set(failed)) else 1
 
     # -- the training processes -------------------------------------------------------------------------------------
 
@@ -220,6 +258,15 @@ class Job:
         environment = {**os.environ, LOGS: str(self.logs), "MIXER_LOCK_PATIENCE": str(_LOCK_PATIENCE),
                        "MIXER_CHECK_GROUP": "1"}  # fmt: skip
         process = subprocess.Popen(command, env=environment, start_new_session=True)  # Ctrl-C is for this process
+        try:
+            self._wait_for_step(process, outcomes)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        return self._read(outcomes, process.returncode)
+
+    def _wait_for_step(self, process: subprocess.Popen[bytes], outcomes: Path) -> None:
         bad_since: float | None = None
         while process.poll() is None:
             time.sleep(0.2)
@@ -228,12 +275,14 @@ class Job:
                 bad_since = now
             if bad_since is not None and now - bad_since > _STEP_GRACE and not self._still_saving(outcomes):
                 say("srun does not end although a node did: it is left behind")
-                process.kill()
-                process.wait()
+                return
             if now > self._limit - _LIMIT_MARGIN and not self.stopping and self.plan["requeue"] != "never":
+                left = seconds_left(self.id, within=5)  # it may have been extended since
+                if left is not None and left > _LIMIT_MARGIN:
+                    self._limit = now + left
+                    continue
                 self.stopping = True
                 self._requeue("the time limit is near and the training has not ended")
-        return self._read(outcomes, process.returncode)
 
     def _still_saving(self, outcomes: Path) -> bool:
         """Did every node that has ended end well? Then the others may still be writing."""
@@ -245,7 +294,7 @@ class Job:
         for outcome in ended:
             result.codes += outcome["codes"]
             result.signals |= set(outcome["signals"])
-        result.asked = bool(ended) and all(outcome["signals"] for outcome in ended)
+        result.asked = len(ended) == len(self.nodes) and all(outcome["signals"] for outcome in ended)
         return result
 
     # -- again --------------------------------------------------------------------------------------------------------
@@ -263,30 +312,44 @@ class Job:
         exclude = {*exclude, *(n for line in booked(self.run.path) if line["event"] == "preflight" and
                                0 < len(line["failed"]) < len(self.nodes) for n in line["failed"])}  # fmt: skip
         fresh = bool(exclude - set(_excluded(self.run.path, self.id)))  # a requeued job keeps what its sbatch excluded
-        if how in ("auto", "scontrol") and not fresh and shutil.which("scontrol"):
-            book(self.run.path, "requeued", self.id, restart=self.restart, how="scontrol", why=why)
-            done = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
-            if done.returncode == 0:
-                say(f"requeued: {why}")
-                self._goes_on = True
-                return True
-            say(f"scontrol requeue failed: {done.stderr.strip()}")
-        if how in ("auto", "resubmit") or fresh:
-            always = [self.plan["profile"]["exclude"]] if self.plan["profile"]["exclude"] else []
-            options = [f"--exclude={','.join([*always, *sorted(exclude)])}"] if exclude else []
+        # Where there are not enough nodes without the unfit ones, it goes on with any: they may be mended meanwhile
+        self._goes_on = (
+            (fresh and self._submit_again(why, exclude))
+            or (how in ("auto", "scontrol") and self._scontrol(why))
+            or (how in ("auto", "resubmit") and self._submit_again(why, set() if fresh else exclude))
+        )
+        if not self._goes_on:
+            say(f"cannot requeue from this node (launch.requeue={how}): `mixer resume {self.run.path}` on a login node")
+        return self._goes_on
+
+    def _scontrol(self, why: str) -> bool:
+        """The same job once more."""
+        if shutil.which("scontrol") is None:
+            return False
+        book(self.run.path, "requeued", self.id, restart=self.restart, how="scontrol", why=why)
+        done = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
+        say(f"requeued: {why}" if done.returncode == 0 else f"scontrol requeue failed: {done.stderr.strip()}")
+        return done.returncode == 0
+
+    def _submit_again(self, why: str, exclude: set[str]) -> bool:
+        """Another job of the same script."""
+        always = [self.plan["profile"]["exclude"]] if self.plan["profile"]["exclude"] else []
+        options = [f"--exclude={','.join([*always, *sorted(exclude)])}"] if exclude else []
+        # After the chain's other jobs, which have been told of no unfit node: two at a time would disturb each other
+        options += ["--dependency=singleton"] if self.plan["chain"] > 1 else []
+        try:
+            job = submit_script(self.run.path, by="requeue", nodes=self.plan["nodes"], options=options)
+        except (UserError, OSError) as e:
+            say(f"cannot submit the next job{' without ' + ', '.join(sorted(exclude)) if exclude else ''}: {e}")
+            return False
+        book(self.run.path, "requeued", self.id, restart=self.restart, how="resubmit", why=why)
+        say(f"submitted job {job}: {why}" + (f"; without {', '.join(sorted(exclude))}" if exclude else ""))
+        if self.plan["then_eval"]:
             try:
-                job = submit_script(self.run.path, by="requeue", nodes=self.plan["nodes"], options=options)
+                submit_eval(self.run.path, job)  # the one that waits for this job goes away with it
             except (UserError, OSError) as e:
-                say(f"cannot submit the next job: {e}")
-            else:
-                book(self.run.path, "requeued", self.id, restart=self.restart, how="resubmit", why=why)
-                say(f"submitted job {job}: {why}" + (f"; without {', '.join(sorted(exclude))}" if exclude else ""))
-                if self.plan["then_eval"]:
-                    submit_eval(self.run.path, job)  # the one that waits for this job goes away with it
-                self._goes_on = True
-                return True
-        say(f"cannot requeue from this node (launch.requeue={how}): `mixer resume {self.run.path}` on a login node")
-        return False
+                say(f"cannot submit the evaluation: {e}")
+        return True
 
     # -- signals, evaluation ------------------------------------------------------------------------------------------
 
@@ -307,21 +370,27 @@ class Job:
 
 
 def _outcomes(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """Of the nodes that have ended; one that cannot be read counts as one that said nothing."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.glob("*.json")):
+            with contextlib.suppress(OSError):
+                found.append(_parsed(path.read_text()))
+    return [outcome for outcome in found if outcome]
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """None where it is not whole: srun mixes what several nodes say, where lines are long."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _excluded(run: Path, job: str) -> list[str]:
     lines = [line for line in booked(run) if line["event"] == "submitted" and line["job"] == job]
     return lines[0].get("exclude", "").split(",") if lines else []
-
-
-def _seconds_left(job: str) -> float:
-    """Until the job's time limit; infinite where there is none, or SLURM does not say."""
-    try:
-        query = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return float("inf")
-    return float("inf") if query.returncode else seconds_of(query.stdout.strip())
 
 
 def say(text: str) -> None:
@@ -330,14 +399,17 @@ def say(text: str) -> None:
 
 def main(arguments: list[str]) -> int:
     action, run = arguments
+    job = Job(Path(run))
     try:
-        job = Job(Path(run))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, job.on_signal)
         return job.train() if action == "train" else job.evaluate()
     except UserError as e:
         say(f"error: {e}")
         return e.exit_code
+    except Exception:
+        traceback.print_exc()
+        return job.go_on_after_trouble() if action == "train" else 70
 
 
 if __name__ == "__main__":

@@ -195,6 +195,38 @@ def test_settings_that_make_no_sense(setting):
         submission("/runs/x", None, setting)
 
 
+def test_profiles_take_what_is_written(tmp_path):
+    """YAML reads 24:00:00 as 86400 (SLURM: minutes, two months) and 0123 as 83."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "account: 0123\nlaunch: {time: 24:00:00, gpus_per_node: 8}\nenv: {VERSION: 1.10}\n"
+        "sbatch: {begin: 22:30:00, hint: true, mem: null}\n"
+    )
+    profile = load_profile(str(path))
+    said = options(Submission(load_config("digits", ["data.train=synthetic", "run.dir=/r", *profile.settings()]).config,
+                              profile).script())  # fmt: skip
+    assert (said["account"], said["time"], said["begin"], said["hint"]) == ("0123", "24:00:00", "22:30:00", "")
+    assert "mem" not in said and profile.env == {"VERSION": "1.10"}
+    path.write_text("env: {NCCL_CROSS_NIC: off}\n")
+    with pytest.raises(UserError, match="NCCL_CROSS_NIC: write one value, in quotes"):
+        load_profile(str(path))
+
+
+def test_a_job_without_a_limit():
+    assert options(submission("/runs/x", None, "launch.time=UNLIMITED").script())["signal"] == "USR2@600"
+
+
+def test_a_template_is_that_of_the_latest_submission(tmp_path):
+    from launch.slurm import kept_template
+
+    template = tmp_path / "own.j2"
+    template.write_text("#!/bin/sh\n")
+    submission(str(tmp_path / "run"), template=template).write(refresh=False)
+    assert kept_template(tmp_path / "run")
+    submission(str(tmp_path / "run")).write(refresh=False)
+    assert kept_template(tmp_path / "run") is None
+
+
 def test_secrets_are_redacted():
     shown = redacted({"AWS_SECRET_ACCESS_KEY": "s1", "HF_TOKEN": "s2", "PATH": "/bin", "PROXY": "http://me:s3@host/"})
     assert shown["PATH"] == "/bin" and shown["PROXY"] == "http://(redacted)@host/"
@@ -229,5 +261,6 @@ def test_what_makes_a_node_unfit():
     assert compare(other, {}, {"torch": "2"}) == {"c": ["torch 3, the others have 2"]}
     assert set(compare({"a": report(torch="3"), "b": report()}, {}, {"torch": "2"})) == {"a"}  # as submitted
     assert "clock" in compare(fit, {"a": 0.0, "b": -90.0, "c": 0.1}, {})["b"][0]
+    assert list(compare(fit, {"a": 0.0, "b": 90.0, "c": 90.1}, {})) == ["a"]  # the first node's own is wrong
     slow = {"a": report(tflops=[600, 610]), "b": report(tflops=[605, 300]), "c": report(tflops=[590, 600])}
     assert list(compare(slow, {}, {})) == ["b"]
