@@ -107,7 +107,10 @@ def train(
 def resume(
     run: Annotated[str, typer.Argument(help="A run folder.")],
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Processes here. Default: as many as last time.")] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes here. Default: as many as last time; of a submitted run: one a GPU."),
+    ] = None,
     allow: Allow = "",
     nodes: Annotated[str | None, typer.Option(help="Of a submitted run: as in `mixer launch slurm`.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Of a submitted run: print the job script.")] = False,
@@ -140,9 +143,12 @@ def resume(
         return
     if nodes or dry_run or refresh_code:
         raise UserError(f"{run} was not submitted from here, so --nodes, --dry-run and --refresh-code mean nothing")
-    (folder.path / "STOP").unlink(missing_ok=True)
+    if not folder.locked():  # else it is meant for the training that is there
+        folder.stop.unlink(missing_ok=True)
     starts = [e for e in read_lines(folder.events) if e["event"] in ("start", "resume")]
-    last = starts[-1]["world_size"] if starts else None
+    # Of a run that was submitted, "last time" was on many nodes
+    submitted = (folder.path / "launch" / "submission.json").exists()
+    last = starts[-1]["world_size"] if starts and not submitted else None
     settings = [f"run.dir={folder.path}", *(overrides or [])]
     asked = any(s.startswith("launch.nproc=") for s in settings)
     train(str(folder.config), settings, nproc or (None if asked else last), allow, False, False)
@@ -155,11 +161,17 @@ def launch_local(
     nproc: Nproc = None,
     allow: Allow = "",
 ) -> None:
-    """Train on this machine in several processes, restarting them when one dies.
+    """Train on this machine, in one process or several, restarting them when one dies.
 
     Example: mixer launch local digits data.train=shards/ --nproc 2
     """
-    train(config, overrides, nproc, allow, False, False)
+    from launch.local import LocalLauncher
+    from pipeline.config import load_config
+
+    loaded = load_config(config, overrides or []).config
+    command = ["train", config, *(overrides or []), *(["--allow", allow] if allow else [])]
+    processes = nproc or loaded.launch.nproc or _gpus()
+    raise typer.Exit(LocalLauncher(command, loaded, processes, loaded.launch.max_restarts).launch())
 
 
 @app.command("eval", rich_help_panel=MODELS)

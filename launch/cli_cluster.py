@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -128,6 +129,8 @@ def launch_torchrun(
     host, _, port = rdzv_endpoint.rpartition(":")
     if not host or not port.isdigit():
         raise UserError("--rdzv-endpoint: give HOST:PORT of the first host, a name that all hosts resolve")
+    if not re.fullmatch(r"[\w.+-]+", rdzv_id):
+        raise UserError(f"--rdzv-id: {rdzv_id!r} names a folder of logs too: letters, digits and . _ + - only")
     loaded = load_config(config, overrides or []).config
     _absolute_run(loaded)
     if node_rank is None:

@@ -11,7 +11,7 @@ import os
 import signal
 from collections.abc import Sequence
 
-from data_tools.errors import UserError
+from data_tools.errors import Interrupted, UserError
 from launch.failure import first_failure
 from launch.processes import Agent, Outcome, torchrun_arguments
 from pipeline.checkpoint.place import checkpoint_root, committed_steps
@@ -39,17 +39,22 @@ class LocalLauncher:
         self._agent: Agent | None = None
         self._stopping = self._interrupted = False
         self._logs: StartLogs | None = None
+        # An evaluation, or a smoke test, has no say in the training that writes into the folder
+        self._trains = self.command[0] == "train" and "--smoke" not in self.command
+        self._may_stop = self._trains
 
     def launch(self) -> int:
         """Exit code 0 finished, 75 saved and to be continued, else an error."""
         for number in _FORWARDED:
             signal.signal(number, self._forward)
         signal.signal(signal.SIGINT, self._interrupt)
-        self.run.stop.unlink(missing_ok=True)  # a wish of an earlier day
+        self._may_stop = self._trains and not self.run.locked()
+        if self._may_stop:
+            self.run.stop.unlink(missing_ok=True)  # a wish of an earlier day
         try:
             return self._launch()
         finally:
-            if self._interrupted:
+            if self._may_stop and self._interrupted:
                 self.run.stop.unlink(missing_ok=True)
 
     def _launch(self) -> int:
@@ -59,17 +64,19 @@ class LocalLauncher:
             outcome = self._start_once()
             if outcome.agent == 0:
                 return 0
+            if self._stopping and not self._trains:
+                return Interrupted.exit_code
             agent_killed = outcome.agent < 0 and not self._stopping  # its ranks saved, but nobody asked for an end
             if EXIT_SAVED in outcome.codes and not agent_killed:
                 return EXIT_SAVED
             if UserError.exit_code in outcome.codes:
                 return UserError.exit_code
-            if self._stopping or self.run.stop_request():  # before a rank was ready to save: to be continued
-                return EXIT_SAVED
+            if self._stopping or (self._trains and self.run.stop_request()):
+                return EXIT_SAVED  # before a rank was ready to save: to be continued
             after = committed_steps(self.run.checkpoints)
             fruitless = 0 if after[-1:] != before[-1:] else fruitless + 1
             if fruitless > self.max_restarts:
-                if self.command[0] != "train":
+                if not self._trains:
                     raise UserError(f"a process of `mixer {self.command[0]}` died; what it said is above")
                 raise UserError(
                     f"the training processes died {fruitless} times without a new checkpoint in between; "
@@ -86,10 +93,12 @@ class LocalLauncher:
         # A rendezvous of its own, and no restarts by torchrun
         arguments = torchrun_arguments(self.nproc, "--standalone", "--max-restarts=0")
         environment = {**os.environ}
-        if self.command[0] == "train" and "--smoke" not in self.command:
+        if self._trains:
             self._logs = new_local_start(self.run.path)
             environment[LOGS] = str(self._logs.folder.resolve())
         self._agent = Agent(arguments, self.command, self.nproc, environment)
+        if self._stopping:  # told while it was started: nobody else has heard of it
+            self._agent.send_signal(signal.SIGTERM)
         return self._agent.wait()
 
     def _cause(self) -> str:
@@ -103,8 +112,11 @@ class LocalLauncher:
         Whether it did cannot be seen here, so they are asked the way `mixer stop` asks.
         """
         self._stopping = self._interrupted = True
-        with contextlib.suppress(OSError):
-            self.run.stop.write_text("save\n")
+        if self._may_stop:
+            with contextlib.suppress(OSError):
+                self.run.stop.write_text("save\n")
+        else:
+            self._forward(signal.SIGTERM, frame)
 
     def _forward(self, number: int, frame: object) -> None:
         self._stopping = True

@@ -73,7 +73,9 @@ def keep_output(logs: StartLogs, rank: int) -> bool:
     log = _text(fd)
     at = time.strftime("%Y-%m-%dT%H:%M:%S")
     world = os.environ.get("WORLD_SIZE", "1")
-    log.write(f"--- {at} rank {rank} of {world} on {socket.gethostname()}, pid {os.getpid()}: {shlex.join(sys.argv)}\n")
+    head = f"--- {at} rank {rank} of {world} on {socket.gethostname()}, pid {os.getpid()}: {shlex.join(sys.argv)}\n"
+    with contextlib.suppress(OSError):  # a full disk
+        log.write(head)
     sys.stdout = Tee(out if rank == 0 else None, log)
     sys.stderr = Tee(err, log)
     return True
@@ -106,7 +108,7 @@ def appear(run_dir: str) -> Presence:
             pulse.end()
             os._exit(EXIT_SAVED)
 
-    if LOGS not in os.environ and rank == 0:
+    if LOGS not in os.environ and rank == 0 and not run.locked():
         run.stop.unlink(missing_ok=True)  # of an earlier day; a launcher would have seen to it
     kept = keep_output(logs, rank)
     pulse = Pulse(logs.pulse(rank) if kept else None, rank, leave_if_asked)

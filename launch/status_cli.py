@@ -72,7 +72,7 @@ def _shown(views: list[View]) -> Any:
         saved = "" if v.checkpoint is None else f"{v.checkpoint} ({span(v.checkpoint_age_s or 0)})"
         cells = [_number(v.loss), _number(v.img_per_s, ",.0f"), _number(v.mfu, ".1%"), _eta(v), saved]
         state = f"[{_COLOURS.get(v.state, 'yellow')}]{v.state}[/]"
-        table.add_row(v.run, state, _steps(v), *cells, str(v.restarts), str(len(v.nodes) or ""), _job(v))
+        table.add_row(_plain(v.run), state, _steps(v), *cells, str(v.restarts), str(len(v.nodes) or ""), _job(v))
     return table
 
 

@@ -50,6 +50,7 @@ class Host:
         identity: str,
         nproc: int,
     ):
+        self.first = node_rank == 0  # without it nothing goes on: it begins a training
         self.run = RunFolder(config.run.dir, checkpoint_root(config))
         self.command, self.nproc, self.max_restarts = list(command), nproc, config.launch.max_restarts
         self.arguments = torchrun_arguments(
@@ -69,6 +70,8 @@ class Host:
         """Exit code 0 finished, 75 saved and to be continued, else an error."""
         for number in _FORWARDED:
             signal.signal(number, self._leave)
+        if self.first and not self.run.locked():
+            self.run.stop.unlink(missing_ok=True)  # a wish of an earlier day
         fruitless = 0
         while True:
             before = committed_steps(self.run.checkpoints)
@@ -87,7 +90,9 @@ class Host:
                 f"the training ended on this host before its end; joining again in {_BEFORE_REJOINING:.0f} s",
                 flush=True,
             )
-            time.sleep(_BEFORE_REJOINING)
+            self._sleep_unless_left(_BEFORE_REJOINING)
+            if self._left:
+                return EXIT_SAVED
 
     def _join(self) -> Outcome:
         environment = {
@@ -116,6 +121,11 @@ class Host:
                 self._agent.send_signal(signal.SIGKILL)  # it would hear of nothing else while it waits
                 break
         return self._agent.wait()
+
+    def _sleep_unless_left(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._left and time.monotonic() < until:
+            time.sleep(0.1)
 
     def _leave(self, number: int, frame: object) -> None:
         self._left = True

@@ -25,6 +25,7 @@ from pipeline.run import RunFolder, last_lines
 SILENT = 6 * INTERVAL  # seconds without a pulse: the process is frozen, or gone with its node
 NO_STEP = 60.0  # seconds without a step, at least, before a run counts as stalled; and
 NO_STEP_TIMES = 20  # so many times its usual step
+APPEARING = 60.0  # seconds from a launcher's start to the first sign of its processes
 NOT_STEPPING = 600.0  # the same for starting, loading, an evaluation's batch, a save
 _RUNNING = ("starting", "loading", "training", "evaluating", "saving")
 
@@ -142,9 +143,19 @@ def _look(path: Path, jobs: list[str], queue: dict[str, Queued], stalled_after: 
         view.note = f"{queue[alive[0]].state.lower()}: {queue[alive[0]].reason}"
     elif alive:
         view.state, view.note = "STARTING", f"job {alive[0]} is {queue[alive[0]].state.lower()}; no rank has appeared"
+    elif start and not beats and _age(start) < APPEARING:
+        view.state, view.note, view.eta_s = "STARTING", "no rank has appeared", None
     else:
         _end(view, run, status, start, beats)
     return view
+
+
+def _age(start: StartLogs) -> float:
+    """Seconds since the folder was made, or a file in it."""
+    try:
+        return time.time() - start.folder.stat().st_mtime
+    except OSError:
+        return float("inf")
 
 
 def _figures(view: View, run: RunFolder, status: dict[str, Any]) -> None:

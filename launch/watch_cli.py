@@ -56,9 +56,11 @@ def logs(
             if start is None and newest and newest != shown and newest.log(rank).exists():
                 shown, path, at = newest, newest.log(rank), 0
                 typer.echo(f"==> {newest.name} <==")
-            elif not look([folder.path])[0].running:
-                _copy(path, at)
-                return
+            else:
+                view = look([folder.path])[0]
+                if not view.running and view.state != "QUEUED":
+                    _copy(path, at)
+                    return
             time.sleep(0.5)
 
 

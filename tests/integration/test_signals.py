@@ -13,12 +13,14 @@ from mixer_process import (
     Mixer,
     assert_same_run,
     current_step,
+    poll,
     run_arguments,
     undisturbed_run,
     wait_for_progress,
 )
 
 from pipeline.checkpoint.manager import committed_steps
+from pipeline.config import load_config, to_yaml
 from pipeline.run import RunFolder, read_lines
 
 TERM, USR2, INT = signal.SIGTERM, signal.SIGUSR2, signal.SIGINT
@@ -74,6 +76,24 @@ def test_launcher_agent_and_terminal(
     assert mixer.wait() == 0, mixer.output()
     assert shared_memory() <= before
     assert_same_run(run, undisturbed)
+
+
+def test_an_evaluation_leaves_the_training_of_its_run_alone(tmp_path: Path) -> None:
+    """Neither does it take back what `mixer stop` asked for, nor does its Ctrl-C ask the training to stop."""
+    run = RunFolder(tmp_path / "run")
+    run.describe(to_yaml(load_config("digits", ["data.train=synthetic", f"run.dir={run.path}"]).config))
+    run.stop.write_text("save\n")
+    command = ["eval", str(run.path), "--nproc", "2"]
+    failed = Mixer(command, tmp_path)
+    assert failed.wait() == 1 and "no checkpoint" in failed.output(), failed.output()
+    assert run.stop.exists()
+    run.stop.unlink()
+    interrupted = Mixer(command, tmp_path)
+    assert poll(lambda: any("-m launch.agent" in command for command in interrupted.processes().values()))
+    interrupted.process.send_signal(INT)
+    seen = poll(lambda: run.stop.exists() or interrupted.process.poll() is not None)
+    assert seen and not run.stop.exists()
+    assert interrupted.wait() == 130, interrupted.output()
 
 
 def test_single_process(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -96,6 +96,26 @@ def test_a_host_leaves_after_a_save_and_comes_back(tmp_path):
     audit(run)
 
 
+def test_a_signal_while_it_waits_to_join_again(tmp_path):
+    """Its processes die at once; told to leave before it starts them again, it leaves. An old STOP keeps nobody out."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOP").write_text("save\n")
+    code = (
+        "from launch.torchrun import Host; from pipeline.config import load_config; import sys; "
+        f"c = load_config('digits', ['data.train=synthetic', 'run.dir={run}']).config; "
+        f"sys.exit(Host(c, ['no-such'], (1, 1), 0, 'localhost:{free_port()}', 'x', 1).launch())"
+    )
+    host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        said = next(line for line in host.stdout if "joining again" in line)
+        assert "5 s" in said and not (run / "STOP").exists()
+        host.send_signal(signal.SIGTERM)
+        assert host.wait(20) == 75
+    finally:
+        host.kill()
+
+
 def test_it_prints_the_command_of_every_host(tmp_path):
     command = [sys.executable, "-m", "launch.cli", "launch", "torchrun", "digits", "data.train=/a b", "run.dir=r",
                "--nnodes", "2:3", "--rdzv-endpoint", "h0:29500", "--nproc", "8"]  # fmt: skip

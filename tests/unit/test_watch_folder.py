@@ -210,3 +210,31 @@ def test_the_last_lines_of_a_long_file(tmp_path: Path) -> None:
 
 def test_spans() -> None:
     assert [span(s) for s in (5, 100, 7200, 360_000)] == ["5 s", "2 min", "2.0 h", "4.2 d"]
+
+
+def test_between_two_starts_a_run_is_starting(tmp_path: Path) -> None:
+    """A launcher starts its processes again: the new start's folder is there, they need some seconds to appear."""
+    run = RunFolder(tmp_path)
+    run.record("start", step=0, attempt=0, world_size=1)
+    (tmp_path / "config.yaml").write_text("{}\n")
+    died = new_local_start(tmp_path)
+    write(died, beat(0, state="failed"))
+    fail(died, 0, RuntimeError("a bug"), NOW)
+    assert look([tmp_path])[0].state == "FAILED"
+    again = new_local_start(tmp_path)
+    os.utime(died.folder, (NOW, NOW))
+    [view] = look([tmp_path])
+    assert view.state == "STARTING" and view.running
+    os.utime(again.folder, (NOW + 1, NOW + 1))
+    assert look([tmp_path])[0].state == "DIED"
+
+
+def test_a_log_on_a_full_disk_does_not_keep_a_training_from_starting(tmp_path: Path) -> None:
+    logs = StartLogs(tmp_path)
+    logs.log(0).symlink_to("/dev/full")
+    code = (
+        "from pathlib import Path; from launch.output import keep_output; from pipeline.logs import StartLogs\n"
+        f"assert keep_output(StartLogs(Path({str(tmp_path)!r})), 0); print('it goes on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "it goes on" in done.stdout, done.stderr
