@@ -27,6 +27,7 @@ NO_STEP = 60.0  # seconds without a step, at least, before a run counts as stall
 NO_STEP_TIMES = 20  # so many times its usual step
 APPEARING = 60.0  # seconds from a launcher's start to the first sign of its processes
 NOT_STEPPING = 600.0  # the same for starting, loading, an evaluation's batch, a save
+_START = re.compile(r"(local|torchrun-.+|\d+)\.\d+")  # the folders of `pipeline.logs`
 _RUNNING = ("starting", "loading", "training", "evaluating", "saving")
 
 
@@ -95,10 +96,9 @@ def find_runs(places: Sequence[str]) -> list[Path]:
 
 
 def is_run(path: Path) -> bool:
-    marks = ("events.jsonl", "STATUS.json", "jobs.jsonl", "logs")
-    return any((path / mark).exists() for mark in marks) and (
-        (path / "config.yaml").exists() or (path / "logs").exists()
-    )
+    started = any(_START.fullmatch(s.name) for s in starts(path))  # other things have a folder of logs too
+    marks = ("events.jsonl", "STATUS.json", "jobs.jsonl")
+    return started or ((path / "config.yaml").exists() and any((path / mark).exists() for mark in marks))
 
 
 def look(paths: Sequence[Path], stalled_after: float | None = None) -> list[View]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import getpass
 import os
@@ -170,20 +171,22 @@ def _tail(path: Path, lines: int) -> int:
     """Prints the last lines; returns where to go on."""
     with open(path, "rb") as f:
         kept = deque(f, maxlen=lines or None)
-        _write(b"".join(kept))
-        return f.tell()
+        return f.tell() - _write(b"".join(kept))
 
 
 def _copy(path: Path, at: int) -> int:
     with open(path, "rb") as f:
         f.seek(at)
-        _write(f.read())
-        return f.tell()
+        data = f.read()
+    return at + len(data) - _write(data)
 
 
-def _write(data: bytes) -> None:
-    sys.stdout.write(data.decode(errors="replace"))
+def _write(data: bytes) -> int:
+    """Prints; returns how many bytes at the end are only the beginning of a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    sys.stdout.write(decoder.decode(data))
     sys.stdout.flush()
+    return len(decoder.getstate()[0])
 
 
 # -- why ----------------------------------------------------------------------------------------------------------

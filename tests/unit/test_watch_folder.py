@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.errors import UserError
 from launch.failure import failures, first_failure, mended_failures
 from launch.output import Tee
 from launch.watch import current_start, find_runs, look, slowest, span
+from launch.watch_cli import _copy, _tail
 from pipeline.logs import StartLogs, new_local_start, starts
 from pipeline.pulse import SIZE, Beat, read_pulse
 from pipeline.run import RunFolder, last_lines
@@ -210,6 +212,27 @@ def test_the_last_lines_of_a_long_file(tmp_path: Path) -> None:
 
 def test_spans() -> None:
     assert [span(s) for s in (5, 100, 7200, 360_000)] == ["5 s", "2 min", "2.0 h", "4.2 d"]
+
+
+def test_a_character_that_is_half_written_is_shown_when_it_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, text = tmp_path / "rank-0.log", "corpus: Äpfel\n".encode()
+    half = text.index("Ä".encode()) + 1
+    log.write_bytes(text[:half])
+    at = _tail(log, 0)
+    log.write_bytes(text)
+    assert _copy(log, at) == len(text) and capsys.readouterr().out == text.decode()
+
+
+def test_what_only_has_logs_is_no_run(tmp_path: Path) -> None:
+    """A git checkout, a web server."""
+    for other in (".git/logs/refs", "server/logs/access"):
+        (tmp_path / other).mkdir(parents=True)
+    with pytest.raises(UserError, match="not a run folder"):
+        find_runs([str(tmp_path)])
+    new_local_start(tmp_path / "run")
+    assert find_runs([str(tmp_path)]) == [tmp_path / "run"]
 
 
 def test_between_two_starts_a_run_is_starting(tmp_path: Path) -> None:
