@@ -83,8 +83,9 @@ class Job:
         fruitless = attempt = 0
         while True:
             failed = self._preflight(attempt)
-            if self.stopping:
-                return self._end(EXIT_SAVED, "stopped" if self._stop_asked() else "cancelled")
+            verdict = self._verdict(Result()) if self.stopping else None
+            if verdict is not None:
+                return verdict
             if attempt and self._signal_is_past():
                 code = self._end(EXIT_SAVED, "saved", f"at step {max(self._saved_step(), 0)}; too late to start again")
                 self._requeue("the time limit is near")
@@ -98,7 +99,7 @@ class Job:
             if verdict is not None:
                 return verdict
             attempt += 1
-            fruitless = 0 if self._saved_step() > before else fruitless + 1
+            fruitless = 0 if self._saved_step() != before else fruitless + 1
             if fruitless > self.plan["max_restarts"]:
                 said = f"{self._cause()}; {fruitless} starts without a new checkpoint in between"
                 return self._end(1, "died", f"{said}; `mixer why {self.run.path}` shows more")

@@ -137,6 +137,17 @@ def test_in_a_chain_the_job_without_the_unfit_node_waits_for_the_others(cluster:
     assert cluster.calls("sbatch")[0].split()[1:3] == ["--exclude=n2", "--dependency=singleton"]
 
 
+def test_who_is_told_to_end_during_the_preflight_starts_nothing(cluster: Cluster) -> None:
+    """Ctrl-C in an allocation: a second one would not be passed on."""
+    cluster.plan(preflight=True, requeue="never")
+    cluster.command("scancel", "exit 0")
+    report = cluster.preflight(n1=[], n2=[])
+    cluster.command("srun", f"kill -INT $PPID; sleep 0.3\n{report}")
+    code, said = cluster.start()
+    assert code == 75 and not cluster.lines("launched"), said
+    assert cluster.lines("ended")[-1]["why"] == "cancelled" and cluster.calls("scancel") == ["--signal=TERM 7"]
+
+
 def test_what_srun_mixed_up_is_no_answer(cluster: Cluster) -> None:
     cluster.plan(preflight=True)
     whole = cluster.preflight(n1=[])
