@@ -435,19 +435,17 @@ def _last_words(error: Exception | None, code: int) -> str | None:
     return say_last_words(error, code)
 
 
-FIRST_WORD_SECONDS = 15.0  # for rank 0 to say what all would say, and for torchrun to end them, on a busy machine too
+FIRST_WORD_SECONDS = 2.0  # for rank 0 to say what all would say
 
 
 def _complain(message: str, collective: bool) -> None:
-    """Prints an error. Of an error that all ranks meet, rank 0 speaks first, and torchrun then ends the others."""
+    """Prints an error; one that several ranks of a machine meet, once: for all of them rank 0 speaks, if it does."""
     rank = int(os.environ.get("RANK", 0))
-    if collective and rank:
-        import signal
-        import time
+    if collective:
+        from launch.processes import speaks_first
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_DFL)
-        time.sleep(FIRST_WORD_SECONDS)
+        if not speaks_first(message, FIRST_WORD_SECONDS if rank else 0.0):
+            return
     prefix = f"error (rank {rank}): " if rank else "error: "
     print(prefix + message, file=sys.stderr, flush=True)
 

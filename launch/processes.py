@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import os
 import signal
 import subprocess
@@ -58,6 +59,22 @@ def report_outcome(code: int) -> None:
     if path:
         with open(path, "a") as f:
             f.write(f"{code}\n")
+
+
+def speaks_first(message: str, patience: float) -> bool:
+    """Whether no other training process of this machine says `message` within `patience` seconds: then this one may."""
+    path, deadline = os.environ.get(OUTCOME_FILE), time.monotonic() + patience
+    said = f"{path}.said-{hashlib.sha256(message.encode()).hexdigest()[:16]}" if path else ""
+    while time.monotonic() < deadline and not os.path.exists(said):
+        time.sleep(0.05)
+    if path:
+        try:
+            os.close(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        except OSError:  # a full disk: better twice than not at all
+            return True
+    return True
 
 
 # -- around the training processes ----------------------------------------------------------------------------------

@@ -208,11 +208,6 @@ class SampleOrder:
                 return state
             state = replace(state, position=position)
 
-    def shard_of(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard number, row inside the shard) of each sample id."""
-        shard = np.searchsorted(self._shard_start, sample_ids, side="right") - 1
-        return shard, sample_ids - self._shard_start[shard]
-
     def draw(self, epoch: int, positions: np.ndarray) -> Drawn:
         ids = self.sample_ids(epoch, positions)
         return Drawn(ids, np.full_like(ids, epoch))

@@ -203,13 +203,6 @@ def test_chunks_do_not_cross_shards_and_are_read_whole():
     assert all((np.diff(r) == 1).all() for r in runs)
 
 
-def test_shard_of_finds_row_numbers_also_with_empty_shards():
-    order = make([0, 3, 0, 2, 0], 1)
-    shard, row = order.shard_of(np.arange(5))
-    assert shard.tolist() == [1, 1, 1, 3, 3]
-    assert row.tolist() == [0, 1, 2, 0, 1]
-
-
 # -------------------------------------------------------------------------------------- state and resume
 
 
