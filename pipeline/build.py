@@ -27,7 +27,7 @@ from pipeline.data.randaugment import RandAugment
 from pipeline.data.region import require_region_decoder
 from pipeline.data.sets import TrainingData, open_data, unused_epoch
 from pipeline.data.source import EVAL_SPLITS, Access, SampleSource, TarSource, open_source
-from pipeline.data.store import is_url
+from pipeline.data.store import is_network_mount, is_url
 from pipeline.data.stream import StreamSource, is_stream
 from pipeline.duration import Duration
 from pipeline.ema import WeightAverage
@@ -268,9 +268,10 @@ def build(config: Config, world: World, allow: set[str] | None = None) -> Parts:
     mirror = place(c.checkpoint.mirror, c.checkpoint.storage_options) if c.checkpoint.mirror else None
 
     def checks(path: str) -> bool:
-        """One process looks at all shards: of the run where they lie in a store, of each node where disks may be its
-        own."""
-        return world.is_main if is_url(path) else world.local_rank == 0
+        """One process looks at all shards: of the run where all nodes read the same ones, of each node where disks may
+        be its own."""
+        shared = is_url(path) or is_network_mount(Path(path))
+        return world.is_main if shared else world.local_rank == 0
 
     if c.data.subset and not world.is_main:
         world.barrier()  # rank 0 chooses the samples, the others find its file

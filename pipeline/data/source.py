@@ -7,6 +7,7 @@ images up. A new kind of source is one more class with these members. Imports no
 from __future__ import annotations
 
 import io
+import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ import xxhash
 
 from data_tools.checksum import crc32
 from data_tools.errors import UserError
-from data_tools.manifest import MANIFEST_NAME, DatasetManifest, ShardInfo, load_index
+from data_tools.manifest import INDEX_DTYPE, MANIFEST_NAME, DatasetManifest, load_index
 from pipeline.data.cache import CacheReader, chunk_name
 from pipeline.data.decode import Choose, decode_image
+from pipeline.data.shards import ShardTable
 from pipeline.data.store import READ_SECONDS, DamagedShard, StoreUnreachable, is_url, open_folder
 from pipeline.duration import Duration
 
@@ -142,15 +144,16 @@ class TarSource:
             )
         self.splits = list(manifest.splits)
         self.name = f"{folder} ({split})"
-        self.shards: list[ShardInfo] = manifest.splits[split]
-        self.shard_sizes = [s.samples for s in self.shards]
+        self.shards = ShardTable(manifest.splits[split])
+        self.shard_sizes: list[int] = self.shards.samples.tolist()
         self.digest = manifest.split_digest(split)
         self.classes = manifest.classes
         self.sequential = False
         self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._max_open = max_open
         self._rows: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._verified: set[int] = set()
+        # Of each shard whose index was verified: where the rows begin in it; else 0
+        self._verified = np.zeros(len(self.shards), dtype=np.uint16)
         self._ahead: tuple[int, int, bytes] = (0, 0, b"")  # shard, first offset, bytes: of the last sequential read
         self._cache: CacheReader | None = None
         self._chunk = 1
@@ -240,7 +243,7 @@ class TarSource:
         """As `rows`, but read now; from a local folder mapped, so that the pages are shared by all processes."""
         name = self.shards[shard].index_name
         where = f"{self.files.place}/{name}"
-        if shard not in self._verified or self.remote:
+        if not self._verified[shard] or self.remote:
             try:
                 raw = self.files.read(name)
             except FileNotFoundError:
@@ -251,7 +254,7 @@ class TarSource:
                     f"{where} is not the one that the manifest names: damaged, or of another tar. "
                     "Run `mixer data index`"
                 )
-            self._verified.add(shard)
+            self._verified[shard] = len(raw) - self.shards[shard].samples * INDEX_DTYPE.itemsize
             if self.remote:
                 return np.load(io.BytesIO(raw), allow_pickle=False)
         return np.asarray(load_index(where))  # still mapped; a memmap's own indexing is several times as slow
@@ -277,9 +280,8 @@ class TarSource:
 
     def _direct(self, shard: int, row: int) -> Encoded:
         for again in (True, False):
-            rows = self.rows(shard)
-            entry = rows[row]
-            data = self._bytes(shard, rows, row)
+            entry = self._entry(shard, row)
+            data = self._bytes(shard, row, int(entry["offset"]), int(entry["size"]))
             crc = crc32(data)
             if crc == int(entry["crc32"]):
                 return Encoded(data, int(entry["label"]), crc)
@@ -288,10 +290,26 @@ class TarSource:
             self._ahead = (0, 0, b"")
         raise BadSample(f"{self._where(shard, row)}: crc32 is not the index'")
 
-    def _bytes(self, shard: int, rows: np.ndarray, row: int) -> bytes:
-        start, size = int(rows[row]["offset"]), int(rows[row]["size"])
+    def _entry(self, shard: int, row: int) -> np.void:
+        """One row of a shard's index.
+
+        A batch of a large set draws from more shards than files may be open: once an index is verified, a read of its
+        row costs a fraction of mapping it again.
+        """
+        at = int(self._verified[shard])
+        if at and not self.remote and shard not in self._rows:
+            try:
+                with open(f"{self.files.place}/{self.shards[shard].index_name}", "rb", buffering=0) as file:
+                    raw = os.pread(file.fileno(), INDEX_DTYPE.itemsize, at + row * INDEX_DTYPE.itemsize)
+                return np.frombuffer(raw, INDEX_DTYPE)[0]
+            except (OSError, ValueError, IndexError):
+                pass  # gone or cut short since: said below
+        return self.rows(shard)[row]
+
+    def _bytes(self, shard: int, row: int, start: int, size: int) -> bytes:
         if not (self.sequential and self.remote):
             return self.read_range(shard, start, size)
+        rows = self.rows(shard)
         held_shard, held_start, held = self._ahead
         at = start - held_start
         if held_shard != shard or at < 0 or at + size > len(held):

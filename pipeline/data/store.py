@@ -22,7 +22,7 @@ from data_tools.manifest import tars_url
 
 READ_SECONDS = 300.0  # how long a store may be out of reach (data.read_timeout)
 _REQUEST_SECONDS = 60.0  # one request of an object store; then it counts as failed and is tried again
-_LONGEST_LISTING = 10_000  # files; a store lists a thousand a request
+_LONGEST_LISTING = 10_000  # files; a store lists a thousand a request, a network file system is asked for each
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
 _PERMANENT_ERRNO = {errno.EINVAL, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR}
 
@@ -145,7 +145,7 @@ def _stat(folder: Path, names: list[str]) -> dict[str, int]:
     sizes = {}
     for name in names:
         with contextlib.suppress(FileNotFoundError):
-            sizes[name] = (folder / name).stat().st_size
+            sizes[name] = os.stat(f"{folder}/{name}").st_size  # a Path would cost more than the question
     return sizes
 
 
@@ -210,7 +210,7 @@ class NetworkFolder:
         return self._try(name, read)
 
     def sizes(self, names: list[str]) -> dict[str, int]:
-        return self._try("", lambda: _stat(self.folder, names))
+        return self._try("", lambda: _stat(self.folder, names)) if len(names) <= _LONGEST_LISTING else {}
 
     def _try(self, name: str, action: Callable[[], Result]) -> Result:
         return patiently(action, f"cannot read {self.folder / name}", self.timeout)
@@ -234,7 +234,7 @@ class ObjectStore:
             try:
                 self._fs, root = url_to_fs(self.place, **self._options)
             except ImportError as e:
-                raise UserError(f"{self.place}: {e}; for s3:// install the extra `s3`") from e
+                raise UserError(f"{self.place}: {e}; for s3:// install the extra `s3`, for gs:// `gs`") from e
             except (ValueError, TypeError) as e:
                 raise UserError(f"{self.place}: {e}; see data.storage_options") from e
             self._root, self._pid = str(root).rstrip("/"), os.getpid()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import tarfile
 import zlib
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from helpers import Member, members, picture, png, shards_of, write_dataset
 
 from data_tools.errors import UserError
-from data_tools.manifest import index_name
+from data_tools.manifest import ShardInfo, index_name
+from pipeline.data.shards import ShardTable
 from pipeline.data.source import BadSample, TarSource, open_source
 from pipeline.data.synthetic import SyntheticSource
 
@@ -70,6 +72,30 @@ def test_few_files_stay_open(tmp_path):
         # A tar and the mapping of its index
         assert open_files(tmp_path) <= 2 * 3
     assert len({source.read(i, 3).crc32 for i in range(40)}) == 40
+
+
+def test_a_row_is_read_from_an_index_that_is_not_mapped_and_its_loss_is_said(tmp_path):
+    """As in sets of more shards than files may be open."""
+    write_dataset(tmp_path, {"train": shards_of(members(8), [2] * 4)})
+    source = TarSource(tmp_path, "train", max_open=1)
+    before = [source.encoded(i) for i in range(8)]
+    assert [source.encoded(i) for i in range(7, -1, -1)] == before[::-1]
+    index = tmp_path / source.shards[0].index_name
+    os.truncate(index, index.stat().st_size - 36)
+    assert source.encoded(0) == before[0]
+    with pytest.raises(UserError, match=r"train-000000\.idx\.npy is damaged"):
+        source.encoded(1)
+    index.unlink()
+    with pytest.raises(UserError, match=r"train-000000\.idx\.npy is missing"):
+        source.encoded(0)
+
+
+def test_a_table_of_shards_reads_like_the_list_it_was_made_of():
+    infos = [ShardInfo(f"träin-{i}.tar", i, 10 * i, f"{i:032x}", f"{i + 1:032x}") for i in range(5)]
+    table = ShardTable(infos)
+    assert list(table) == infos and table[-1] == infos[-1] and table[1:3] == infos[1:3] and len(table) == 5
+    assert list(ShardTable([])) == []
+    assert list(pickle.loads(pickle.dumps(table))) == infos
 
 
 def test_a_data_set_of_one_split_is_taken_whatever_its_name(tmp_path):

@@ -39,6 +39,14 @@ def test_network_file_systems_are_told_by_the_mount(tmp_path):
     assert not open_folder(tmp_path).remote and open_folder(tmp_path, read="chunk").remote
 
 
+def test_a_network_file_system_is_not_asked_for_the_sizes_of_very_many_files(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"12345")
+    remote, local = (open_folder(tmp_path, read=how) for how in ("chunk", "pread"))
+    names = ["a.tar", *(f"{i}.tar" for i in range(10_000))]
+    assert remote.sizes(names[:10_000]) == local.sizes(names) == {"a.tar": 5}
+    assert remote.sizes(names) == {}
+
+
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     """A plain web server, which knows no ranges."""
