@@ -1,7 +1,7 @@
 """A node's cache as the node's first rank holds it: the folder, the lock on it, and the prefetcher's process.
 
-The folder is named after host, run and rank, so that a start after a crash finds what the last one left; folders of
-other runs that ended without tidying up are removed.
+The folder is named after host, run and rank, so that a start after a crash finds what the last one left, and nodes that
+share `data.cache_dir` have one each; folders of other runs that ended without tidying up are removed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pipeline.data.cache import BEAT, CacheReader
 from pipeline.data.order import Order
 from pipeline.data.prefetch import PROGRESS, Job, Member, Plan
 from pipeline.data.source import SampleSource, TarSource
+from pipeline.data.store import is_network_mount
 from pipeline.sizes import parse_bytes
 
 if TYPE_CHECKING:
@@ -52,8 +53,13 @@ def cache_limit(root: Path, size: int | None, needed: int) -> int:
     """The hard limit in bytes: data.cache_size, else half of what is free on the disk.
 
     Raises:
-        UserError: it is below the working set.
+        UserError: it is below the working set; or it is not said, and the folder is one that nodes share.
     """
+    if size is None and is_network_mount(root):
+        raise UserError(
+            f"data.cache_dir={root} lies on a network file system, of which half is not this node's to take: "
+            "choose a folder on a disk of the node, or set data.cache_size to what each node may take"
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free

@@ -40,6 +40,9 @@ _BLOCK = 4096  # files take whole blocks of the disk
 _OWN_BYTES = 8 * _BLOCK  # the small files beside the chunks
 _INDEX_BYTES = 256 << 20
 _POLL = 0.02
+_BEAT = 0.1  # seconds between two beats
+_SOON, _QUEUED = 8, 1024  # further than so many steps is planned only while fewer chunks than that wait
+_MOST_CHUNKS = 1 << 32  # of a shard
 
 
 class Member(NamedTuple):
@@ -70,40 +73,43 @@ class Plan:
         ids = self.order.sample_ids(state.epoch, state.position + self.slots)
         found = []
         for number, member in enumerate(self.members):
-            source = member.source
-            own = ids - member.first_id
-            own = own[(own >= 0) & (own < source.starts[-1])]
-            shard = np.searchsorted(source.starts, own, side="right") - 1
-            pairs = np.stack([shard, (own - source.starts[shard]) // member.chunk], axis=1)
-            _, first = np.unique(pairs, axis=0, return_index=True)
-            for s, n in pairs[np.sort(first)].tolist():
-                found.append(Chunk(chunk_name(source.digest, member.chunk, s, n), number, s, n))
+            pairs = self._places(member, ids)
+            _, first = np.unique(pairs, return_index=True)
+            for s, n in zip(*(x.tolist() for x in np.divmod(pairs[np.sort(first)], _MOST_CHUNKS))):
+                found.append(Chunk(chunk_name(member.source.digest, member.chunk, s, n), number, s, n))
         return found
-
-    def estimate(self, chunk: Chunk) -> int:
-        """About how many bytes a chunk has: its share of its tar."""
-        source, c = self.members[chunk.member].source, self.members[chunk.member].chunk
-        info = source.shards[chunk.shard]
-        count = min(c, info.samples - chunk.number * c)
-        return _on_disk(info.bytes * count // max(1, info.samples) + 1024)
 
     def working_set(self, read_ahead: int, steps: int) -> int:
         """Bytes that must be held at once for `read_ahead` steps ahead: the most within the first `steps` steps."""
         states = [self.order.state]
         while len(states) < steps + read_ahead:
             states.append(self.order.next_state(states[-1]))
-        first: dict[Chunk, int] = {}
-        last: dict[Chunk, int] = {}
-        for step, state in enumerate(states):
-            for chunk in self.chunks(state):
-                first.setdefault(chunk, step)
-                last[chunk] = step
+        drawn = [self.order.sample_ids(state.epoch, state.position + self.slots) for state in states]
         change = np.zeros(len(states) + 1, dtype=np.int64)
-        for chunk, step in first.items():
-            size = self.estimate(chunk)
-            change[max(0, step - read_ahead)] += size
-            change[last[chunk] + 1] -= size
+        for member in self.members:
+            places = [np.unique(self._places(member, ids)) for ids in drawn]
+            every, step = np.concatenate(places), np.repeat(np.arange(len(states)), [len(p) for p in places])
+            chunk, first = np.unique(every, return_index=True)
+            last = step[len(step) - 1 - np.unique(every[::-1], return_index=True)[1]]
+            size = _estimate(member, *np.divmod(chunk, _MOST_CHUNKS))
+            np.add.at(change, np.maximum(0, step[first] - read_ahead), size)
+            np.subtract.at(change, last + 1, size)
         return int(np.cumsum(change)[:steps].max()) + _OWN_BYTES
+
+    @staticmethod
+    def _places(member: Member, ids: np.ndarray) -> np.ndarray:
+        """shard * _MOST_CHUNKS + chunk within it, of those of these samples that are the member's; int64."""
+        starts, own = member.source.starts, ids - member.first_id
+        own = own[(own >= 0) & (own < starts[-1])]
+        shard = np.searchsorted(starts, own, side="right") - 1
+        return shard * _MOST_CHUNKS + (own - starts[shard]) // member.chunk
+
+
+def _estimate(member: Member, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """About how many bytes chunks have on the disk, int64: their shares of their tars."""
+    samples, size = member.source.shards.samples[shards], member.source.shards.bytes[shards]
+    count = np.minimum(member.chunk, samples - numbers * member.chunk)
+    return -(-(size * count // np.maximum(1, samples) + 1024) // _BLOCK) * _BLOCK
 
 
 @dataclass
@@ -121,7 +127,9 @@ class Prefetcher:
     def __init__(self, job: Job):
         self.folder, self.ahead, self.plan = Path(job.folder), job.ahead, job.plan
         self.limit = job.limit - _OWN_BYTES
-        self._turn = threading.Condition()
+        self._lock = threading.RLock()
+        self._turn = threading.Condition(self._lock)
+        self._gates: dict[int, threading.Condition] = {}  # of the threads that wait for an earlier chunk's room
         self._held: dict[str, int] = {}  # name -> bytes on disk, of chunks that are there or being written
         self._used = 0
         self._unneeded: OrderedDict[str, None] = OrderedDict()  # there, and no step that is planned needs it
@@ -133,16 +141,16 @@ class Prefetcher:
         self._done = 0  # steps completed
         self._taken = self._admitted = 0  # chunks taken from the queue; those of them whose room is booked
         self._index: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._index_bytes = 0
         self.fetched = self.fetched_bytes = self.evicted = 0
+        self._beaten, self._told = 0.0, 0  # when it last beat, and how many chunks it told of
         self._said = False
         for member in self.plan.members:
             member.source.files.timeout = float("inf")  # those who need the data decide when to give up
         self._adopt()
 
     def start(self) -> None:
-        mean = max(
-            (sum(s.bytes for s in m.source.shards) * m.chunk // int(m.source.starts[-1])) for m in self.plan.members
-        )
+        mean = max(int(m.source.shards.bytes.sum()) * m.chunk // int(m.source.starts[-1]) for m in self.plan.members)
         for _ in range(max(2, min(_THREADS, _IN_FLIGHT // mean))):
             threading.Thread(target=self._work, daemon=True).start()
 
@@ -164,9 +172,12 @@ class Prefetcher:
             self._turn.notify_all()
 
     def plan_further(self) -> bool:
-        """Plans one step more; False where enough are planned."""
+        """Plans one step more; False where enough are planned.
+
+        What is not needed soon is not planned while much is to be fetched: planning takes the threads' turns.
+        """
         with self._turn:
-            if len(self._states) >= self.ahead:
+            if len(self._states) >= self.ahead or (len(self._states) > _SOON and len(self._queue) > _QUEUED):
                 return False
             state = self.plan.order.next_state(self._states[-1])
             self._states.append(state)
@@ -218,9 +229,8 @@ class Prefetcher:
             except OSError as e:
                 self._full(e)
             with self._turn:
-                while self._admitted < number:
-                    self._turn.wait()
-                self._admitted = max(self._admitted, number + 1)
+                self._wait_for_turn(number)
+                self._admit(number)
                 self._waiting.discard(chunk.name)
                 if not there:
                     self._withdraw(chunk.name)
@@ -252,8 +262,28 @@ class Prefetcher:
         with self._turn:
             self.fetched += 1
             self.fetched_bytes += len(content)
-            self.beat()
+            if time.monotonic() - self._beaten > _BEAT:
+                self.beat()
         return True
+
+    def beat_again(self) -> None:
+        """What has arrived since the last beat is told, if anything has."""
+        with self._turn:
+            if self.fetched > self._told and time.monotonic() - self._beaten > _BEAT:
+                self.beat()
+
+    def _wait_for_turn(self, number: int) -> None:
+        """Until all chunks taken before have their room. Each waits by itself: dozens woken at once slow all down."""
+        if self._admitted < number:
+            gate = self._gates[number] = threading.Condition(self._lock)
+            while self._admitted < number:
+                gate.wait()
+            del self._gates[number]
+
+    def _admit(self, number: int) -> None:
+        self._admitted = max(self._admitted, number + 1)
+        if gate := self._gates.get(self._admitted):
+            gate.notify()
 
     def _rows(self, chunk: Chunk) -> np.ndarray:
         at = chunk.member, chunk.shard
@@ -263,18 +293,18 @@ class Prefetcher:
                 return self._index[at]
         rows = self.plan.members[chunk.member].source.load_rows(chunk.shard)
         with self._turn:
+            if at not in self._index:
+                self._index_bytes += rows.nbytes
             self._index[at] = rows
-            while len(self._index) > 1 and sum(r.nbytes for r in self._index.values()) > _INDEX_BYTES:
-                self._index.popitem(last=False)
+            while len(self._index) > 1 and self._index_bytes > _INDEX_BYTES:
+                self._index_bytes -= self._index.popitem(last=False)[1].nbytes
         return rows
 
     def _make_room(self, name: str, size: int, number: int) -> bool:
         """Books `size` bytes, in the order in which chunks are needed; waits where they do not fit yet."""
         with self._turn:
-            while self._admitted < number or self._used + size > self.limit:
-                if self._admitted < number:
-                    self._turn.wait()
-                    continue
+            self._wait_for_turn(number)
+            while self._used + size > self.limit:
                 if self._unneeded:
                     old, _ = self._unneeded.popitem(last=False)
                     (self.folder / old).unlink(missing_ok=True)
@@ -286,8 +316,7 @@ class Prefetcher:
                     return False
             self._held[name] = size
             self._used += size
-            self._admitted = number + 1
-            self._turn.notify_all()
+            self._admit(number)
             return True
 
     def _full(self, e: OSError) -> None:
@@ -327,6 +356,8 @@ class Prefetcher:
                 path.unlink()
 
     def beat(self) -> None:
+        """Tells readers that chunks arrive, and whom it concerns how many."""
+        self._beaten, self._told = time.monotonic(), self.fetched
         facts = {"fetched": self.fetched, "bytes": self.fetched_bytes, "evicted": self.evicted, "held": self._used}
         with contextlib.suppress(OSError):
             temporary = self.folder / f".{BEAT}"
@@ -359,6 +390,7 @@ def main() -> None:
             prefetcher.beat()  # the first step's chunks are announced
             started = True
         if not prefetcher.plan_further():
+            prefetcher.beat_again()
             time.sleep(_POLL)
 
 

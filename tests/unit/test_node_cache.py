@@ -1,4 +1,4 @@
-"""The prefetcher's process: what it is sent, what ends it, and how often it is started again."""
+"""The prefetcher's process: what it is sent, what ends it, how often it is started again; and its folder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import members, write_dataset
+from helpers import members, script, write_dataset
 
+from data_tools.errors import UserError
 from pipeline.data.cache import BEAT
-from pipeline.data.node_cache import NodeCache
+from pipeline.data.node_cache import NodeCache, cache_limit
 from pipeline.data.order import SampleOrder
 from pipeline.data.prefetch import Member, Plan
 from pipeline.data.source import TarSource
@@ -62,3 +63,80 @@ def test_a_prefetcher_that_always_fails_is_started_more_and_more_rarely(tmp_path
         time.sleep(0.01)
     cache.close()
     assert starts[4] - starts[0] >= (1 + 2 + 4 + 8) * pause
+
+
+def test_the_working_set_is_counted_chunk_by_chunk(tmp_path):
+    """Against the definition: what lies between its first use, less what loaders read ahead, and its last one."""
+    counted, ahead, steps = plan(tmp_path), 3, 20
+    [member] = counted.members
+    states = [counted.order.state]
+    while len(states) < steps + ahead:
+        states.append(counted.order.next_state(states[-1]))
+    uses: dict[tuple[int, int], list[int]] = {}
+    for step, state in enumerate(states):
+        for chunk in counted.chunks(state):
+            uses.setdefault((chunk.shard, chunk.number), []).append(step)
+    held = [0] * steps
+    for (shard, number), at in uses.items():
+        info = member.source.shards[shard]
+        share = info.bytes * min(member.chunk, info.samples - number * member.chunk) // info.samples + 1024
+        for step in range(max(0, at[0] - ahead), min(steps, at[-1] + 1)):
+            held[step] += -(-share // 4096) * 4096
+    assert counted.working_set(ahead, steps) == max(held) + 8 * 4096
+
+
+NODE = """
+import socket, sys
+sys.path.insert(0, sys.argv[5])
+from pathlib import Path
+socket.gethostname = lambda: sys.argv[3]
+from test_node_cache import LIMIT, plan
+from pipeline.data.node_cache import NodeCache, cache_folder
+from data_tools.errors import UserError
+root, work, first_rank = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4])
+try:
+    cache = NodeCache(cache_folder(root, "run", first_rank), LIMIT, plan(work), 4)
+except UserError as e:
+    sys.exit(str(e))
+cache.start()
+print("filling", flush=True)
+sys.stdin.readline()
+chunks = [p for p in cache.folder.iterdir() if p.stat().st_size and "." in p.name[1:]]
+cache.close()
+print(len(chunks), flush=True)
+"""
+
+
+def test_nodes_that_share_a_cache_folder_have_one_each(tmp_path):
+    """Two nodes of a run, and a third that goes by the name of the first; a second start of one is refused."""
+    root = tmp_path / "shared"
+    root.mkdir()
+
+    def node(number: int, host: str, first_rank: int) -> subprocess.Popen[str]:
+        command = script(NODE, root, tmp_path / f"work-{number}", host, first_rank, Path(__file__).parent)
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    nodes = [node(i, *who) for i, who in enumerate([("a", 0), ("b", 8), ("a", 16)])]
+    try:
+        assert all(n.stdout and n.stdout.readline() == "filling\n" for n in nodes)
+        assert len([p for p in root.iterdir() if p.is_dir()]) == 3
+        again = node(3, "a", 0)
+        _, said = again.communicate(timeout=60)
+        assert again.returncode == 1 and "another process fills this cache" in said
+        for ending in nodes:  # each takes away its own only: those that are left go on
+            done, said = ending.communicate("\n", timeout=60)
+            assert ending.returncode == 0, said
+            assert int(done) > 0
+        assert list(root.iterdir()) == []
+    finally:
+        for n in nodes:
+            n.kill()
+
+
+def test_half_of_a_shared_disk_is_no_nodes_to_take(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.data.node_cache.is_network_mount", lambda path: True)
+    with pytest.raises(UserError, match=r"data\.cache_dir=.* network file system.* set data\.cache_size"):
+        cache_limit(tmp_path, None, 1)
+    assert cache_limit(tmp_path, LIMIT, 1) == LIMIT
