@@ -10,8 +10,8 @@ import typer
 
 from launch.compare.runs import runs
 from launch.compare.studies import permutation, scaling
+from launch.compare.throughput import throughput
 
 compare_app = typer.Typer(no_args_is_help=True, help="Systems side by side, each as table and picture.")
-compare_app.command()(runs)
-compare_app.command()(scaling)
-compare_app.command()(permutation)
+for command in (throughput, scaling, permutation, runs):
+    compare_app.command()(command)

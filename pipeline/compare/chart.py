@@ -1,6 +1,6 @@
 """Curves and bars as PNG with matplotlib (extra `compare`), in one look for all of `mixer compare`.
 
-Okabe and Ito's colours and a marker of its own tell a curve from the others, with any colour vision and in grey.
+Okabe and Ito's colours, and a marker of its own, tell a curve from the others with any kind of colour vision.
 """
 
 from __future__ import annotations
@@ -88,19 +88,19 @@ def draw_bars(
     title: str = "",
 ) -> None:
     """Horizontal bars, one group a label from the top down. groups: (name, a value or None for each label)."""
-    figure = new_figure(8.5, 1.4 + len(labels) * (0.16 + 0.24 * len(groups)), title)
+    figure = new_figure(8.5, 1.6 + len(labels) * (0.16 + 0.24 * len(groups)), title)
     axes: Any = figure.add_subplot()
     height = 0.8 / len(groups)
     for g, (name, values) in enumerate(groups):
         at = [i + (g - (len(groups) - 1) / 2) * height for i, v in enumerate(values) if v is not None]
         bars = axes.barh(at, [v for v in values if v is not None], height * 0.92, color=COLOURS[g], label=name)
-        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8, color=INK)
+        axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8, color=INK)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.axvline(1, color=INK, linewidth=0.8, linestyle=":")
     axes.margins(x=0.12)
     _dress(axes, Panel((), x_label, ""))
-    axes.legend(loc="best", frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(groups), frameon=False)
     save_figure(figure, path)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from pipeline.run import replace_file
 
+MISSING = "-"  # a cell without a value
+
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, its columns padded for a terminal too: the first to the left, others right."""
+    """A markdown table, the first column to the left, others to the right; padded, for those who read it as text."""
     widths = [max(3, *(len(cell) for cell in column)) for column in zip(header, *rows)]
 
     def line(cells: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from data_tools.errors import UserError
 from pipeline.compare.chart import Curve, Panel, draw_curves
-from pipeline.compare.report import markdown, save
+from pipeline.compare.report import MISSING, markdown, save
 from pipeline.config import load_config
 from pipeline.run import RunFolder, live_lines, read_lines
 
@@ -151,11 +151,11 @@ def _table(histories: list[History]) -> tuple[list[str], list[list[str]]]:
                 h.model,
                 f"{last:,}",
                 f"{h.device_hours:.4g}",
-                *(f"{p[0].values['loss']:.4f}" if p else "-" for p in (train, val)),
-                f"{val[0].values['top1']:.2%}" if val else "-",
-                f"{best.values['top1']:.2%}" if best else "-",
-                f"{best.samples:,}" if best else "-",
-                *(f"{val[0].values[k]:.2%}" if val and k in val[0].values else "-" for k in shots),
+                *(f"{p[0].values['loss']:.4f}" if p else MISSING for p in (train, val)),
+                f"{val[0].values['top1']:.2%}" if val else MISSING,
+                f"{best.values['top1']:.2%}" if best else MISSING,
+                f"{best.samples:,}" if best else MISSING,
+                *(f"{val[0].values[k]:.2%}" if val and k in val[0].values else MISSING for k in shots),
                 ", ".join(map(str, dict.fromkeys(h.devices))),
                 str(h.attempts),
             ]
@@ -177,9 +177,8 @@ def _panels(histories: list[History]) -> list[Panel]:
             curves = []
             for colour, h in enumerate(histories):
                 if not share or not validated:
-                    curves.append(
-                        _curve(h, f"{h.name}, training", h.train, "accuracy" if share else "loss", axis, colour)
-                    )
+                    value = "accuracy" if share else "loss"
+                    curves.append(_curve(h, f"{h.name}, training", h.train, value, axis, colour))
                 if h.val:
                     curves.append(
                         _curve(h, f"{h.name}, val", h.val, "top1" if share else "loss", axis, colour, 1, average=False)
