@@ -246,13 +246,15 @@ def cost_of(candidate: Candidate, num_classes: int) -> ModelCost:
 
 def _choose_batch_size(bench: Bench, timing: Timing, mode: str) -> None:
     """The fastest of those that fit."""
-    best = 0.0
+    best, seconds = 0.0, _TRIAL_SECONDS if len(bench.options.batch_sizes) > 1 else 0.0
     for size in sorted(bench.options.batch_sizes):
+        rate = None
         try:
-            rate = bench.time(mode, size, _TRIAL_SECONDS if len(bench.options.batch_sizes) > 1 else 0.0)
+            rate = bench.time(mode, size, seconds)
         except (RuntimeError, MemoryError) as e:
             if not is_out_of_memory(e):
                 raise
+        if rate is None:  # out here, where the error no longer holds the memory of the failed step
             bench.rebuild()
             break  # nor would larger ones fit
         if rate > best:
