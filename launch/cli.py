@@ -19,6 +19,7 @@ from launch.checkpoints import checkpoint_app
 from launch.cli_cluster import launch_slurm, launch_torchrun
 from launch.compare import compare_app
 from launch.doctor import doctor
+from launch.picture_cli import picture
 from launch.plan_cli import plan
 from launch.status_cli import status
 from launch.watch_cli import logs, stop, why
@@ -330,6 +331,9 @@ def import_weights(
     from pipeline.weights.commands import run_import
 
     raise typer.Exit(run_import(source, out, model, image_size, num_classes))
+
+
+app.command(rich_help_panel=MODELS)(picture)
 
 
 @app.command()

@@ -48,7 +48,7 @@ STATE_BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and two moments
 
 @dataclass(frozen=True)
 class Schedule:
-    """Every duration of the configuration in steps; `save_every` in steps (int) or seconds (float)."""
+    """Every duration of the configuration in steps (int); what is of the `float` kind, in seconds."""
 
     total_steps: int
     warmup_steps: int
@@ -57,6 +57,7 @@ class Schedule:
     save_every: int | float
     keep_every: int | None
     agree_every: int
+    pictures_every: int | float | None = None
 
     @staticmethod
     def of(config: Config, epoch_size: int, step: int = 0, samples: int = 0, on_cpu: bool = True) -> Schedule:
@@ -71,16 +72,21 @@ class Schedule:
         total = duration.to_steps(batch, epoch_size)
         if samples != step * batch and duration.unit != "steps":
             total = step + max(0, -(-(total * batch - samples) // batch))
-        every = Duration.parse(config.checkpoint.every)
+
+        def steps_or_seconds(text: str) -> int | float:
+            return Duration.parse(text).seconds() if Duration.parse(text).is_time else steps(text)
+
+        pictures = config.logging.pictures_every
         return Schedule(
             total,
             Duration.parse(config.scheduler.warmup).to_steps(batch, epoch_size),
             steps(config.logging.every),
             steps(config.eval.every) if config.eval.every else None,
-            every.seconds() if every.is_time else steps(config.checkpoint.every),
+            steps_or_seconds(config.checkpoint.every),
             steps(config.checkpoint.keep_every) if config.checkpoint.keep_every else None,
             # Agreeing costs a round trip: nothing beside a CPU's step, something beside a GPU's
             1 if on_cpu else 10,
+            steps_or_seconds(pictures) if pictures else None,
         )
 
 

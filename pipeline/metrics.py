@@ -12,8 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from data_tools.errors import UserError
 from pipeline.run import RunFolder, append_line
@@ -63,15 +62,15 @@ class MetricWriter:
             if self._wandb:
                 self._wandb.log({f"{split}/{k}": v for k, v in values.items()} | {"step": step})
 
-    def image(self, step: int, name: str, pixels: Tensor) -> None:
-        """pixels: float [3, H, W] in [0, 1]."""
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """pixels: uint8 [H, W, 3]."""
         with self._harmless():
             if self._board:
-                self._board.add_image(name, pixels, step)
+                self._board.add_image(name, pixels, step, dataformats="HWC")
             if self._wandb:
                 import wandb  # pyright: ignore[reportMissingImports]
 
-                self._wandb.log({name: wandb.Image(pixels.permute(1, 2, 0).numpy()), "step": step})
+                self._wandb.log({name: wandb.Image(pixels), "step": step})
 
     def close(self) -> None:
         with self._harmless():
@@ -91,27 +90,6 @@ class MetricWriter:
                 flush=True,
             )
             self._board = self._wandb = None
-
-
-def image_grid(images: Tensor, columns: int = 8, pad: int = 2) -> Tensor:
-    """[N, C, H, W] in [0, 1] -> one picture [3, ., .]: rows of `columns` images with a margin."""
-    n, channels, height, width = images.shape
-    columns = min(columns, n)
-    rows = -(-n // columns)
-    grid = torch.ones(3, rows * (height + pad) + pad, columns * (width + pad) + pad)
-    for i, image in enumerate(images):
-        top, left = pad + i // columns * (height + pad), pad + i % columns * (width + pad)
-        grid[:, top : top + height, left : left + width] = image.expand(3, -1, -1) if channels == 1 else image
-    return grid
-
-
-def token_mixing_picture(weight: Tensor, rows: int, cols: int, units: int = 64) -> Tensor:
-    """First-layer token-mixing weights [D_S, S] as images of rows x cols tokens (paper, figure 5); [3, ., .]."""
-    shown = weight[:units].reshape(-1, 1, rows, cols).float()
-    scale = shown.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
-    grey = (shown / scale + 1) / 2
-    factor = max(1, 28 // max(rows, cols))  # tiny token grids would be specks
-    return image_grid(grey.repeat_interleave(factor, 2).repeat_interleave(factor, 3), columns=16)
 
 
 class Display:

@@ -1,4 +1,4 @@
-"""Pictures as PNG, drawn with Pillow alone: what evaluation leaves for people to look at."""
+"""Pictures drawn with numpy and Pillow alone: of evaluations, of batches and of weights, for people to look at."""
 
 from __future__ import annotations
 
@@ -43,3 +43,15 @@ def confusion_picture(counts: np.ndarray, names: list[str]) -> Image:
                 centre = margin + cell * j + cell // 2, middle
                 draw.text(centre, f"{int(counts[i, j])}", fill=ink, anchor="mm")
     return picture
+
+
+def tile_grid(tiles: np.ndarray, columns: int, pad: int = 2) -> np.ndarray:
+    """uint8 [N, h, w, 1 or 3] -> one picture [., ., 3]: rows of `columns` tiles, `pad` white pixels around each."""
+    n, height, width, _ = tiles.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    grid = np.full((rows * (height + pad) + pad, columns * (width + pad) + pad, 3), 255, dtype=np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = pad + i // columns * (height + pad), pad + i % columns * (width + pad)
+        grid[top : top + height, left : left + width] = tile
+    return grid

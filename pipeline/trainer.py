@@ -30,14 +30,16 @@ from pipeline.evaluate import EvalResult, evaluate
 from pipeline.health import EXIT_HUNG, SickSteps, Watchdog, slowest_rank
 from pipeline.ledger import LedgerWriter
 from pipeline.logs import StartLogs
-from pipeline.metrics import Display, MetricWriter, image_grid, token_mixing_picture
+from pipeline.metrics import Display, MetricWriter
 from pipeline.micro_batch import is_out_of_memory, out_of_memory_message
 from pipeline.optim import lr_scale
-from pipeline.parallel.engine import StepStats
+from pipeline.parallel.engine import WEIGHT, StepStats
+from pipeline.pictures import tile_grid
 from pipeline.pulse import Pulse
 from pipeline.run import read_lines
 from pipeline.stop import StopFlag
 from pipeline.takeover import accept_data
+from pipeline.weights.filters import training_pictures
 from pipeline.weights.trained import features_of
 
 Outcome = Literal["finished", "stopped"]
@@ -89,6 +91,7 @@ class Trainer:
         self._positions: dict[int, tuple[int, int]] = {}  # step -> (epoch, position), of the latest steps
         self._own_seconds: list[float] = []
         self._rollbacks: dict[int, int] = {}
+        self._pictures_at: tuple[int, float] | None = None  # step and clock of the last pictures of the weights
         self._watchdog = Watchdog(math.inf, self.logs.stacks(self.world.rank), enabled=False)  # until it starts
         self._display = Display(0, 0, quiet=True)
         self._quiet = quiet or not self.world.is_main
@@ -340,6 +343,7 @@ class Trainer:
         """A writer for this attempt: what earlier ones wrote beyond this step is purged from the curves."""
         if self._writer:
             self._writer.close()
+        self._pictures_at = None
         self._writer = MetricWriter(
             self.run,
             attempt=self.attempt,
@@ -431,7 +435,8 @@ class Trainer:
         if self.world.is_main:
             seconds = {"seconds": round(result.seconds, 3), "stall": round(result.stall, 4)}
             self.run.record("save", attempt=self.attempt, step=result.step, **seconds, **self._written_by())
-            with contextlib.suppress(CheckpointError, OSError):  # pruned or out of reach: it is only a picture
+            # Pruned, out of reach, or of tokens that are no square: it is only a picture
+            with contextlib.suppress(CheckpointError, OSError, UserError):
                 self._show_weights(result.step)
 
     def _finish_saving(self) -> None:
@@ -649,18 +654,21 @@ class Trainer:
     def _show_batch(self, batch: Batch) -> None:
         """The first augmented batch of an attempt, as a picture."""
         if self._show_next_batch and self._writer:
-            self._writer.image(self.step, "train/batch", image_grid(batch.images[:32].float() / 255))
+            self._writer.image(self.step, "train/batch", tile_grid(batch.images[:32].permute(0, 2, 3, 1).numpy(), 8))
         self._show_next_batch = False
 
     def _show_weights(self, step: int) -> None:
-        """First token-mixing weights as pictures, read from the checkpoint just written: no rank has to gather."""
-        size, patch = self.config.model.image_size, self.parts.patch_size
-        name = "blocks.0.mlp_tokens.fc1.weight"
-        if self._writer and patch and (name, "weight") in self.engine.tensors():
-            weight = CheckpointReader(step_folder(self.run.checkpoints, step)).tensor(name)
-            self._writer.image(
-                step, "weights/token_mixing_0", token_mixing_picture(weight, size // patch, size // patch)
-            )
+        """Weights as pictures, read from the checkpoint just written: no rank has to gather, or to wait."""
+        every, last, now = self.schedule.pictures_every, self._pictures_at, time.monotonic()
+        if self._writer is None or every is None:
+            return
+        passed = math.inf if last is None else step - last[0] if isinstance(every, int) else now - last[1]
+        if passed < every and step < self.schedule.total_steps:
+            return
+        self._pictures_at = step, now
+        reader = CheckpointReader(step_folder(self.run.checkpoints, step))
+        for name, picture in training_pictures(self.engine.names, lambda n: reader.tensor(n, WEIGHT).numpy()):
+            self._writer.image(step, name, picture)
 
     def _warn_damage(self, text: str) -> None:
         self.run.record("damaged", why=text)

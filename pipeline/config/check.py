@@ -173,16 +173,17 @@ _DURATIONS = (
     "checkpoint.every",
     "checkpoint.keep_every",
     "logging.every",
+    "logging.pictures_every",
     "health.timeout",
     "data.read_timeout",
 )
 _LONGEST_READ = 1200  # s; the process group gives up after 1800
 # May be, and must be, a time; nothing else may depend on a clock
-_TIMES = ("checkpoint.every", "health.timeout", "data.read_timeout")
+_TIMES = ("checkpoint.every", "logging.pictures_every", "health.timeout", "data.read_timeout")
 
 
 def _duration_problems(config: Config) -> Iterator[str]:
-    """`checkpoint.every` alone may be a time (rank 0 decides); all else must not depend on a clock."""
+    """What rank 0 decides, saves and pictures, may depend on a clock; nothing else may."""
     for key in _DURATIONS:
         text = get_value(config, key)
         if text is None:
@@ -193,7 +194,8 @@ def _duration_problems(config: Config) -> Iterator[str]:
             yield f"{key}: {error}"
             continue
         if duration.is_time and key not in _TIMES:
-            yield f"{key}: '{text}' is a time (only checkpoint.every may be); write steps, epochs or samples"
+            free = "only checkpoint.every and logging.pictures_every may be"
+            yield f"{key}: '{text}' is a time ({free}); write steps, epochs or samples"
         elif not duration.is_time and key in ("health.timeout", "data.read_timeout"):
             yield f"{key}: '{text}' is not a time; write for example '30 min'"
         elif key == "data.read_timeout" and duration.seconds() > _LONGEST_READ:

@@ -147,6 +147,7 @@ class CheckpointConfig:
 @dataclass
 class LoggingConfig:
     every: str = "50 steps"
+    pictures_every: str | None = "30 min"  # of the weights, at the next save: from its files; None: never
     to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
 

@@ -353,7 +353,9 @@ def test_curves_go_on_without_overlap(tmp_path):
     assert [p.step for p in points] == list(range(1, 9))
     assert [p.value for p in points] == pytest.approx([m["loss"] for m in shown], rel=1e-6)
     assert {"train/lr", "train/grad_norm", "train/img_per_s", "train/data_wait"} <= set(accumulator.Tags()["scalars"])
-    assert {"train/batch", "weights/token_mixing_0"} <= set(accumulator.Tags()["images"])
+    assert {"train/batch", "weights/stem", "weights/token_mixing_1", "weights/token_mixing_2"} <= set(
+        accumulator.Tags()["images"]
+    )
 
 
 def test_the_best_checkpoint_is_the_one_that_was_evaluated_best(tmp_path, capsys):
