@@ -47,7 +47,7 @@ def run_eval(
         batch_size=config.eval.batch_size or BATCH,
         num_workers=config.data.num_workers,
     )
-    detail = Detail(classes, source, labels)
+    detail = Detail(classes, labels.of_samples(source, world) if labels else None)
     started = time.perf_counter()
     with progress_bar(len(batches), "evaluating", enabled=world.is_main) as advance:
         result = evaluate(

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from data_tools.errors import UserError
 from pipeline.data.loader import Batch
-from pipeline.data.source import SampleSource
+from pipeline.data.order import rank_slots
+from pipeline.data.source import BadSample, SampleSource
 from pipeline.parallel.world import World
 
 MAX_CONFUSION = 2_000  # classes: beyond, a matrix of all pairs is larger than anybody looks at
@@ -120,12 +122,30 @@ class RealLabels:
             return self._in_order[int(number[1]) - 1]
         raise UserError(f"the file of labels says nothing of {file_name}")
 
+    def of_samples(self, source: SampleSource, world: World) -> dict[int, list[int]]:
+        """The labels of this rank's samples, by id; looked up before the first is evaluated. Collective.
+
+        Raises:
+            UserError: on every rank, where the file does not know an image of one of them.
+        """
+        found: dict[int, list[int]] = {}
+        failure: UserError | None = None
+        try:
+            for i in range(*rank_slots(world.rank, world.size, sum(source.shard_sizes))):
+                with suppress(BadSample):  # unreadable: it will have no weight either
+                    found[i] = self.of(source.sample_name(i))
+        except UserError as e:
+            failure = e
+        raise_together(failure, world)
+        return found
+
 
 class Detail:
     """What goes beyond one figure: right and wrong class by class, which for which, and ReaL accuracy."""
 
-    def __init__(self, num_classes: int, source: SampleSource, real: RealLabels | None = None):
-        self.num_classes, self._source, self._real = num_classes, source, real
+    def __init__(self, num_classes: int, real: dict[int, list[int]] | None = None):
+        """real: of this rank's samples, by id."""
+        self.num_classes, self._real = num_classes, real
         # [true class, predicted class]; of very many classes only [true class, (wrong, right)]
         self._pairs = num_classes <= MAX_CONFUSION
         self.counts = torch.zeros(num_classes, num_classes if self._pairs else 2, dtype=torch.float64)
@@ -136,10 +156,9 @@ class Detail:
         truth, guess = batch.labels[used], logits.argmax(1).cpu()[used]
         column = guess if self._pairs else (guess == truth).long()
         self.counts.index_put_((truth, column), torch.ones(len(truth), dtype=torch.float64), accumulate=True)
-        if self._real:
+        if self._real is not None:
             for sample_id, predicted in zip(batch.ids[used].tolist(), guess.tolist()):
-                right = self._real.of(self._source.sample_name(sample_id))
-                if right:
+                if right := self._real.get(sample_id):
                     self._real_counts += torch.tensor([float(predicted in right), 1.0])
 
     def reduce(self, world: World) -> None:

@@ -79,7 +79,7 @@ class SampleSource(Protocol):
         ...
 
     def sample_name(self, sample_id: int) -> str:
-        """The file name that a sample had, for label files that go by it."""
+        """The file name that a sample had, for label files that go by it. Raises as `read` does."""
         ...
 
 
@@ -223,7 +223,12 @@ class TarSource:
 
     def sample_name(self, sample_id: int) -> str:
         shard, row = self.place_of(sample_id)
-        header = self.read_range(shard, int(self.rows(shard)[row]["offset"]) - 512, 100)
+        try:
+            header = self.read_range(shard, int(self.rows(shard)[row]["offset"]) - 512, 100)
+        except DamagedShard as e:
+            if self.access.corrupt_shards == "mask":
+                raise BadSample(str(e)) from e
+            raise
         return header.split(b"\0")[0].decode("utf-8", "replace").rpartition("/")[2]
 
     def rows(self, shard: int) -> np.ndarray:

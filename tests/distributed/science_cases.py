@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from data_tools.errors import UserError
 from pipeline.checkpoint.layout import CheckpointReader, InitialState, load_pieces
 from pipeline.checkpoint.manager import CheckpointManager, Retention, step_folder
 from pipeline.data.augment import EvalTransform
 from pipeline.data.loader import Batch, Share, TrainSamples, eval_batches
 from pipeline.data.synthetic import SyntheticSource
+from pipeline.evaluate import Detail, RealLabels
 from pipeline.fewshot import FewShot
 from pipeline.losses import make_loss
 from pipeline.model import create_model
@@ -46,6 +48,27 @@ def logits(world: World, run: str, strategy: str) -> torch.Tensor:
         rank=world.rank, world_size=world.size, batch_size=3, num_workers=0,
     )  # fmt: skip
     return torch.cat([predictor.logits(b)[b.weights > 0] for b in batches])
+
+
+def real_accuracy(world: World, real: dict[str, list[int]]) -> tuple[float, int] | str:
+    """(ReaL top-1, samples with labels) of one that takes image i for class i % CLASSES; or why it was refused."""
+    labels, failure = None, ""
+    source = SyntheticSource("val", image_size=IMAGE, num_classes=CLASSES, samples=97)
+    try:
+        labels = RealLabels(real).of_samples(source, world)
+    except UserError as e:
+        failure = str(e)
+    world.barrier()  # stuck here, if some of them went on
+    if failure:
+        return failure
+    detail = Detail(CLASSES, labels)
+    for batch in eval_batches(
+        TrainSamples(source, EvalTransform(IMAGE), channels=3, num_classes=CLASSES),
+        rank=world.rank, world_size=world.size, batch_size=7, num_workers=0,
+    ):  # fmt: skip
+        detail.add(batch, torch.eye(CLASSES)[batch.ids % CLASSES])
+    detail.reduce(world)
+    return detail.real_top1, detail.real_samples
 
 
 # ------------------------------------------------------------------------------------------- models of timm

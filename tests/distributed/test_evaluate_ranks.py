@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import engine_cases as cases
 import pytest
+import science_cases
 import torch
 from engine_cases import BUFFER, CLASSES, IMAGE, STRATEGIES, WEIGHT, Spec, build_model, canonical_state
 
@@ -46,3 +47,12 @@ def test_every_sample_once(ranks, counted: dict[str, float], spec: Spec | None, 
         k: counted[k] for k in ("top1", "top5", "samples", "bad")
     }
     assert found["loss"] == pytest.approx(counted["loss"], abs=1e-6)
+
+
+def test_real_labels_are_counted_once_and_missed_by_all_ranks_together(ranks) -> None:
+    labels = {f"{i:08d}.png": [[], [i % 10], [0, 3]][i % 3] for i in range(97)}
+    right = [(i % 10 in labels[f"{i:08d}.png"]) for i in range(97) if i % 3]
+    for size in (1, 3):
+        assert ranks(size).run(science_cases.real_accuracy, labels) == [(sum(right) / len(right), len(right))] * size
+    del labels["00000090.png"]  # of the last rank
+    assert ranks(3).run(science_cases.real_accuracy, labels) == ["the file of labels says nothing of 00000090.png"] * 3
