@@ -139,13 +139,13 @@ def parse_layers(text: str, layers: int) -> list[int]:
 
 
 def count_layers(names: Iterable[str], where: object) -> int:
-    """Token-mixing layers among tensors' names. Raises UserError where there are none."""
+    """Token-mixing layers among tensors' names. Raises UserError where there are none, or no stem."""
     names = set(names)
     layers = 0
     while layer_name(layers + 1) in names:
         layers += 1
-    if not layers:
-        raise UserError(f"{where} is no Mixer: it has no {layer_name(1)}")
+    if not layers or STEM not in names:
+        raise UserError(f"{where} is no Mixer: it has no {STEM if layers else layer_name(1)}")
     return layers
 
 
