@@ -52,7 +52,7 @@ def test_from_released_weights_to_a_fine_tuned_model_and_out_again(tmp_path):
     assert "grown for 2x2 tiles" in said and "finished: 4 steps" in said
     assert "exact: what reached the model" in mixer("audit", run)
     assert "3 pictures" in mixer("picture", run)
-    assert [p.name for p in sorted((run / "pictures" / "step-00000004").iterdir())][0] == "stem.png"
+    assert (run / "pictures" / "step-00000004" / "stem.png").exists()
     assert "8x8 tokens" in mixer("picture", run, "--layers", "2", "--out", tmp_path / "pictures")
     assert "To load:" in mixer("export", run, tmp_path / "again.npz", "--format", "npz")
     with np.load(tmp_path / "again.npz", allow_pickle=False) as arrays:
