@@ -11,7 +11,7 @@ PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python)
 FIT := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 
 # What `make test` leaves to `make test-all`
-ELSEWHERE := slow or gpu or slurm or ray or s3
+ELSEWHERE := slow or gpu or slurm or ray or s3 or gs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -199,7 +199,7 @@ def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, st
     try:
         fs, path = url_to_fs(url, **(options or {}))
     except ImportError as e:
-        raise UserError(f"{url}: {e}; for s3:// install the extra `s3`") from e
+        raise UserError(f"{url}: {e}; for s3:// install the extra `s3`, for gs:// `gs`") from e
     except (ValueError, TypeError) as e:
         raise UserError(f"{url}: {e}; see --storage-options") from e
     return fs, str(path)

@@ -20,6 +20,9 @@ from typing import Any, Protocol, TypeVar
 from data_tools.errors import UserError
 from data_tools.manifest import tars_url
 
+# gcsfs' support for zonal buckets asks by gRPC, which crashes or hangs in forked processes such as a loader's workers.
+# It is read when gcsfs is first imported.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 READ_SECONDS = 300.0  # how long a store may be out of reach (data.read_timeout)
 _REQUEST_SECONDS = 60.0  # one request of an object store; then it counts as failed and is tried again
 _LONGEST_LISTING = 10_000  # files; a store lists a thousand a request, a network file system is asked for each
