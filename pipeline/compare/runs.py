@@ -90,7 +90,7 @@ def read_history(run: str | Path, name: str | None = None) -> History:
         points([line for line in lines if line.get("split") == "val"]),
         max((seconds[-1] for _, seconds in spent.values()), default=0.0) / _HOUR,
         len(begun),
-        [begun[a].get("world_size", 1) for a in spent if a in begun],
+        [begun[a].get("world_size", 1) for a in spent if a in begun and len(spent[a][0]) > 1],
         folder.finished.exists(),
     )
 
@@ -101,16 +101,24 @@ def _spending(
     """Attempt -> its steps and the device-seconds that all attempts had spent in the training loop by then."""
     spent: dict[int, tuple[list[int], list[float]]] = {}
     total = 0.0
-    for attempt in sorted({line["attempt"] for line in lines}):
+    for attempt in sorted({*begun, *(line["attempt"] for line in lines)}):
         mine = [line for line in lines if line["attempt"] == attempt]
         steps, seconds = [begun.get(attempt, {}).get("step", 0)], [total]
+        size = _batch_size(mine) or batch
         for line in mine:
-            images = (line["step"] - steps[-1]) * batch
-            total += images / line["img_per_s_per_device"]
+            total += (line["step"] - steps[-1]) * size / line["img_per_s_per_device"]
             steps.append(line["step"])
             seconds.append(total)
         spent[attempt] = steps, seconds
     return spent
+
+
+def _batch_size(lines: list[dict[str, Any]]) -> float | None:
+    """Samples a step of one attempt, as they were logged: a resume may have changed the recipe's."""
+    ends = [line for line in (*lines[:1], *lines[-1:]) if "samples_seen" in line]
+    if len(ends) < 2 or ends[0]["step"] == ends[1]["step"]:
+        return None
+    return (ends[1]["samples_seen"] - ends[0]["samples_seen"]) / (ends[1]["step"] - ends[0]["step"])
 
 
 def distinct_names(runs: Sequence[str | Path]) -> list[str]:

@@ -75,6 +75,23 @@ def test_an_evaluation_between_two_log_lines_lies_between_their_hours(tmp_path: 
     assert history.val[0].device_hours * 3600 == pytest.approx(6)
 
 
+def test_a_resume_with_another_batch_size_costs_what_it_logged(tmp_path: Path) -> None:
+    """Batches of 20 after step 4; a third attempt only evaluates."""
+    larger = [line(s, 1, 10.0) | {"samples_seen": 40 + (s - 4) * 20} for s in (5, 6)]
+    val = {"step": 6, "attempt": 2, "split": "val", "loss": 1.0, "top1": 0.1, "top5": 0.5, "samples_seen": 80}
+    run = folder(
+        tmp_path / "run",
+        [start(0, 0, 1, "start"), start(1, 4, 4), start(2, 6, 2)],
+        [*(line(s, 0, 10.0) for s in range(1, 5)), *larger, val],
+        "train.global_batch_size=20",
+    )
+    history = read_history(run)
+    assert [p.device_hours * 3600 for p in history.train] == pytest.approx([1, 2, 3, 4, 6, 8])
+    assert [p.samples for p in history.train] == [10, 20, 30, 40, 60, 80]
+    assert history.val[0].device_hours * 3600 == pytest.approx(8)
+    assert (history.attempts, history.devices) == (3, [1, 4])
+
+
 def test_two_trainings_are_compared_as_they_logged_themselves(tmp_path: Path) -> None:
     shards = {"train": shards_of(members(48, 4), [24, 24]), "val": shards_of(members(12, 4, 100), [12])}
     data = write_dataset(tmp_path / "data", shards, classes=4)
