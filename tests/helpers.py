@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import sys
+import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +15,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import xxhash
 from PIL import Image
 
 from data_tools import ustar
 from data_tools.index import index_bytes, key_hash
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest, ShardInfo, index_name
+
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()),
+    reason="needs g++ and Python's headers (Debian: g++ python3-dev)",
+)
 
 
 class Member(NamedTuple):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.checkpoint.manager import CheckpointManager
@@ -74,7 +73,7 @@ class BackgroundSaver:
 
     def __init__(self, manager: CheckpointManager, world: World, background: bool = True):
         self._background = background
-        self._world = replace(world, group=dist.new_group(backend="gloo"))
+        self._world = world.beside()
         self._manager = CheckpointManager(manager.root, self._world, manager.retention, manager.mirror)
         self._stager = Stager()
         self._thread: threading.Thread | None = None

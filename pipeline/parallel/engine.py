@@ -148,12 +148,21 @@ class TrainEngine(ABC):
         """Optimizer step number `step`. Returns the local sums and the gradient's global norm before clipping."""
         self.model.train()
         self.own_seconds = 0.0
+        before = [b.clone() for b in self._statistics]
         parts = []
         for i, batch in enumerate(batches):
             # A Mixer draws nothing, other models may (dropout): keyed, so that no generator has to be saved
             torch.manual_seed(int(key(self.options.seed, step, i, self.world.rank)) >> 1)
             parts.append(self._forward_backward(batch, i == len(batches) - 1))
-        return functools.reduce(operator.add, parts), self._update(lr)
+        norm = self._update(lr)
+        for buffer, old in zip(self._statistics, before):  # BatchNorm's moved in the forward pass, before anybody knew
+            buffer.copy_(torch.where(self.updated.to(buffer.device) > 0, buffer, old))
+        return functools.reduce(operator.add, parts), norm
+
+    @functools.cached_property
+    def _statistics(self) -> list[Tensor]:
+        """Buffers that a forward pass may change in place; a Mixer has none."""
+        return [b for _, b in persistent_buffers(self.model)]
 
     def _forward_backward(self, batch: Batch, last: bool) -> StepStats:
         started = time.perf_counter()
@@ -208,7 +217,8 @@ class TrainEngine(ABC):
     def _update(self, lr: float) -> Tensor:
         """Clips, updates, clears the gradients. Returns the norm before clipping.
 
-        A step whose norm is not finite changes nothing: neither weights nor moments nor the count of updates.
+        A step whose norm is not finite changes nothing: neither weights nor moments nor the count of updates; the
+        caller puts BatchNorm's statistics back.
         """
 
     def _torch_update(self, parameters: Iterable[Tensor], lr: float) -> Tensor:
@@ -336,4 +346,6 @@ def make_engine(
             f"train.strategy={options.strategy} cannot start here ({e}); "
             "choose train.strategy=fsdp or ddp, which need no DeepSpeed"
         ) from e
-    return engine_class(model, groups, loss_fn, options, world)
+    engine = engine_class(model, groups, loss_fn, options, world)
+    world.set_timeouts()
+    return engine

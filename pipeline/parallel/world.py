@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +23,7 @@ class World:
     local_size: int
     device: torch.device
     group: Any = None  # of the collectives below; None is the whole world's
+    timeout_s: float = 1800.0  # until a collective gives up
 
     @staticmethod
     def join(timeout_s: float = 1800.0) -> World:
@@ -46,7 +47,12 @@ class World:
                 device_id=device if use_cuda else None,
             )
         return World(
-            dist.get_rank(), dist.get_world_size(), local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device
+            dist.get_rank(),
+            dist.get_world_size(),
+            local_rank,
+            int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            device,
+            timeout_s=timeout_s,
         )
 
     @property
@@ -83,6 +89,15 @@ class World:
         boxes: list[Any] = [None] * self.size
         dist.all_gather_object(boxes, value, group=self.group)
         return boxes
+
+    def beside(self) -> World:
+        """The same ranks in a group of their own (gloo), whose collectives do not meet this one's. Collective."""
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s)))
+
+    def set_timeouts(self) -> None:
+        """Gives all groups of this process `timeout_s`: those that libraries make have torch's own (NCCL: 10 min)."""
+        for group in dist.distributed_c10d._world.pg_map:  # no public list of them
+            group.set_timeout(timedelta(seconds=self.timeout_s))
 
     def leave(self) -> None:
         if dist.is_initialized():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,13 +56,18 @@ class ZeroEngine(TrainEngine):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         try:
+            if shutil.which("ninja") is None:  # DeepSpeed depends on it, but its folder need not be on the PATH
+                import ninja
+
+                os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), ninja.BIN_DIR])
             return DeepSpeedCPUAdam(
                 self._grouped(parameters), lr=0.0, betas=o.betas, eps=o.eps, fp32_optimizer_states=True
             )
         except Exception as e:  # whatever a compiler can end in
             raise UserError(
                 f"train.offload=optimizer under {o.strategy} compiles DeepSpeed's CPU Adam, which failed "
-                f"({str(e).strip().splitlines()[-1]}): install g++ and ninja, or choose train.strategy=fsdp"
+                f"({(str(e).strip() or type(e).__name__).splitlines()[-1]}): install g++ and Python's headers "
+                "(Debian: python3-dev), or choose train.strategy=fsdp"
             ) from e
 
     def _config(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.build import deterministic
@@ -432,6 +433,14 @@ def count_collectives(world: World, spec: Spec, micro_steps: int) -> dict[str, i
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             s.engine.train_step(batches, 0.0)
         return {e.key: e.count for e in profile.key_averages() if e.key.startswith(("gloo:", "c10d::"))}
+
+
+def group_timeouts(world: World, spec: Spec, root: str) -> set[float]:
+    """Seconds after which the collectives of any group of this rank give up, with an engine and a saver at work."""
+    with session(world, spec):
+        BackgroundSaver(CheckpointManager(Path(root), world, Retention()), world)
+        groups = list(dist.distributed_c10d._world.pg_map)
+        return {g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups}
 
 
 def check_weights(s: Session) -> None:

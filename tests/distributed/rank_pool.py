@@ -24,6 +24,7 @@ from typing import Any
 from pipeline.parallel.world import free_port
 
 START_SECONDS = 120.0
+RANK_TIMEOUT = 60.0  # seconds until a collective gives up
 GRACE_SECONDS = 3.0  # after one rank failed, the others are likely stuck in a collective
 
 
@@ -160,7 +161,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: str, device: 
     torch.set_num_threads(1)
     quiet_libraries()
     try:
-        world = World.join(timeout_s=60)
+        world = World.join(timeout_s=RANK_TIMEOUT)
         pipe.send((True, None))
     except Exception:
         pipe.send((False, traceback.format_exc()))
