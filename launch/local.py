@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from data_tools.errors import Interrupted, UserError
 from launch.failure import first_failure
 from launch.processes import Agent, Outcome, torchrun_arguments
-from pipeline.checkpoint.place import checkpoint_root, committed_steps
+from launch.progress import saved_step
+from pipeline.checkpoint.place import checkpoint_root
 from pipeline.cli import EXIT_SAVED
-from pipeline.config import Config
+from pipeline.config import Config, Duration
 from pipeline.logs import LOGS, StartLogs, new_local_start
 from pipeline.run import RunFolder
 
@@ -36,6 +37,7 @@ class LocalLauncher:
     def __init__(self, command: Sequence[str], config: Config, nproc: int, max_restarts: int):
         self.command, self.nproc, self.max_restarts = list(command), nproc, max_restarts
         self.run = RunFolder(config.run.dir, checkpoint_root(config))
+        self._patience = Duration.parse(config.data.read_timeout).seconds()
         self._agent: Agent | None = None
         self._stopping = self._interrupted = False
         self._logs: StartLogs | None = None
@@ -58,9 +60,8 @@ class LocalLauncher:
                 self.run.stop.unlink(missing_ok=True)
 
     def _launch(self) -> int:
-        fruitless = 0
+        fruitless, before = 0, saved_step(self.run)
         while True:
-            before = committed_steps(self.run.checkpoints)
             outcome = self._start_once()
             if outcome.agent == 0:
                 return 0
@@ -71,10 +72,10 @@ class LocalLauncher:
                 return EXIT_SAVED
             if UserError.exit_code in outcome.codes:
                 return UserError.exit_code
-            if self._stopping or (self._trains and self.run.stop_request()):
-                return EXIT_SAVED  # before a rank was ready to save: to be continued
-            after = committed_steps(self.run.checkpoints)
-            fruitless = 0 if after[-1:] != before[-1:] else fruitless + 1
+            if self._asked_to_end():  # before a rank was ready to save: to be continued
+                return EXIT_SAVED
+            after = saved_step(self.run, self._patience, self._asked_to_end)
+            fruitless, before = 0 if after != before else fruitless + 1, after
             if fruitless > self.max_restarts:
                 if not self._trains:
                     raise UserError(f"a process of `mixer {self.command[0]}` died; what it said is above")
@@ -82,12 +83,15 @@ class LocalLauncher:
                     f"the training processes died {fruitless} times without a new checkpoint in between; "
                     f"{self._cause()}\n`mixer why {self.run.path}` shows more; then `mixer resume {self.run.path}`"
                 )
-            where = f"step {after[-1]}" if after else "the beginning"
+            where = "the beginning" if after < 0 else f"step {after}"
             print(
                 f"{self._cause()}\na training process died; restarting from {where} "
                 f"({fruitless} of launch.max_restarts={self.max_restarts} without progress)",
                 flush=True,
             )
+
+    def _asked_to_end(self) -> bool:
+        return self._stopping or bool(self._trains and self.run.stop_request())
 
     def _start_once(self) -> Outcome:
         # A rendezvous of its own, and no restarts by torchrun

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 
 from data_tools.errors import UserError
 from launch.processes import ELASTIC, Agent, Outcome, torchrun_arguments
-from pipeline.checkpoint.place import checkpoint_root, committed_steps
+from launch.progress import saved_step
+from pipeline.checkpoint.place import checkpoint_root
 from pipeline.cli import EXIT_SAVED
-from pipeline.config import Config
+from pipeline.config import Config, Duration
 from pipeline.logs import LOGS
 from pipeline.run import RunFolder
 
@@ -52,6 +53,7 @@ class Host:
     ):
         self.first = node_rank == 0  # without it nothing goes on: it begins a training
         self.run = RunFolder(config.run.dir, checkpoint_root(config))
+        self._patience = Duration.parse(config.data.read_timeout).seconds()
         self.command, self.nproc, self.max_restarts = list(command), nproc, config.launch.max_restarts
         self.arguments = torchrun_arguments(
             nproc,
@@ -72,9 +74,8 @@ class Host:
             signal.signal(number, self._leave)
         if self.first and not self.run.locked():
             self.run.stop.unlink(missing_ok=True)  # a wish of an earlier day
-        fruitless = 0
+        fruitless, before = 0, saved_step(self.run)
         while True:
-            before = committed_steps(self.run.checkpoints)
             outcome = self._join()
             codes = outcome.codes[-self.nproc :]  # earlier ones are of processes that were started again
             if outcome.agent == 0 and self.run.finished.exists():
@@ -83,7 +84,8 @@ class Host:
                 return EXIT_SAVED
             if UserError.exit_code in codes:
                 return UserError.exit_code
-            fruitless = 0 if committed_steps(self.run.checkpoints)[-1:] != before[-1:] else fruitless + 1
+            after = saved_step(self.run, self._patience, lambda: self._left or self.run.stop_request())
+            fruitless, before = 0 if after != before else fruitless + 1, after
             if fruitless > self.max_restarts:
                 raise UserError(f"torchrun ended {fruitless} times without a new checkpoint; see {self.logs}")
             print(

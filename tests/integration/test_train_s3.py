@@ -15,6 +15,7 @@ from mixer_process import (
     Mixer,
     assert_same_run,
     current_step,
+    history,
     poll,
     run_arguments,
     wait_for_progress,
@@ -260,3 +261,26 @@ def test_a_shard_missing_in_the_store(server, undisturbed, tmp_path):
     again = Mixer(["resume", str(run)], tmp_path)
     assert again.wait(120) == 0, again.output()
     assert_same_run(run, undisturbed, STEPS)
+
+
+def test_checkpoints_in_a_store_that_goes_away(server, local, undisturbed, tmp_path):
+    """Where the store is out of reach a start says so; a restart after a lost process waits for it."""
+    run = tmp_path / "run"
+    options = {k: v for k, v in server.options.items() if isinstance(v, str)}
+    where = ["checkpoint.dir=s3://sets/saved", f"checkpoint.storage_options={json.dumps(options)}"]
+    training = [*settings(local), *where]
+    server.kill()
+    refused = start(run, *training)
+    assert refused.wait() == 1, refused.output()
+    assert "s3://sets/saved is out of reach" in refused.output() and "mixer resume" in refused.output()
+    assert "Traceback" not in refused.output() and "unexpected" not in refused.output()
+    server.start()
+    mixer = start(run, *training, stretch=0.02)
+    wait_for_progress(mixer, run, 0, steps=8)
+    server.kill()
+    os.kill(mixer.rank(1), signal.SIGKILL)
+    assert poll(lambda: "is out of reach" in mixer.output()), mixer.output()
+    server.start()
+    assert mixer.wait(180) == 0, mixer.output()
+    assert "a training process died; restarting from step" in mixer.output()
+    assert history(run) == history(undisturbed)
