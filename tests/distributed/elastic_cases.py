@@ -45,6 +45,29 @@ def slots_of(share: Share, batches: list[Batch]) -> dict[int, tuple[int, str]]:
     return rows
 
 
+class SpikeTrainer(Trainer):
+    """A trainer on whose last rank the loss of some samples is far too large: they are bad, wherever they are met."""
+
+    bad: Sequence[int]  # positions
+
+    def _step(self, batches: list[Batch], end: int) -> bool:
+        engine = self.parts.engine
+        usual = engine.loss_fn
+        if self.parts.order.state.position in self.bad and self.world.rank == self.world.size - 1:
+            engine.loss_fn = lambda logits, labels: 30 * usual(logits, labels)
+        try:
+            return super()._step(batches, end)
+        finally:
+            engine.loss_fn = usual
+
+
+def train_with_spikes(world: World, run_dir: str, overrides: Sequence[str], bad: Sequence[int]) -> None:
+    """A whole run, with spikes of the loss at the steps that begin at the positions `bad`."""
+    trainer = SpikeTrainer(build(load_config(None, [*overrides, f"run.dir={run_dir}"]).config, world), quiet=True)
+    trainer.bad = bad
+    trainer.train()
+
+
 def train_part(world: World, run_dir: str, overrides: Sequence[str], stop_at: int | None) -> Seen:
     """Goes on with a run, from wherever it stands, up to `stop_at` completed steps."""
     config = load_config(None, [*overrides, f"run.dir={run_dir}"]).config
