@@ -9,8 +9,10 @@ from pipeline.config.tree import Config, get_value, leaf_keys
 
 Kind = Literal["free", "declared", "refused"]
 
-# What a resumed run may change. `free`: takes effect. `declared`: alters what is being optimised; taken after
-# `--allow KEY`, and recorded. `refused`: the weights or the sample order would no longer be those of the run.
+# What a resumed run may change. `free`: where, how far and how fast (the same function, up to the order of fp32 sums),
+# and the learning rate with its schedule, which are there to be turned. `declared`: alters what is optimised, the rule
+# by which, or the arithmetic; taken after `--allow KEY`. `refused`: the weights or the sample order would no longer be
+# those of the run. All changes are recorded.
 # "section.*" speaks for the whole section; a full key overrules it.
 _ON_RESUME: dict[str, Kind] = {
     "run.name": "free",
@@ -45,7 +47,7 @@ _ON_RESUME: dict[str, Kind] = {
     "loss.*": "declared",
     "optimizer.name": "refused",
     "optimizer.lr": "free",
-    "optimizer.clip_grad_norm": "free",
+    "optimizer.clip_grad_norm": "declared",
     "optimizer.betas": "declared",
     "optimizer.eps": "declared",
     "optimizer.momentum": "declared",
@@ -55,7 +57,7 @@ _ON_RESUME: dict[str, Kind] = {
     "train.global_batch_size": "declared",
     "train.micro_batch_size": "free",
     "train.strategy": "free",
-    "train.precision": "free",
+    "train.precision": "declared",
     "train.shard_size": "free",
     "train.reshard_after_forward": "free",
     "train.offload": "free",

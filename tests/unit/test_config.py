@@ -438,6 +438,14 @@ def test_what_fixes_weights_and_order_is_refused_on_resume(key):
     assert resume_kind(key) == "refused"
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["optimizer.betas", "optimizer.clip_grad_norm", "optimizer.weight_decay", "train.precision", "train.ema_decay"],
+)
+def test_what_alters_the_updates_must_be_declared_on_resume(key):
+    assert resume_kind(key) == "declared"
+
+
 def test_configs_do_not_share_their_lists():
     first, second = load(), load()
     first.optimizer.betas[0] = 0.5
