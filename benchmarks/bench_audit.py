@@ -19,9 +19,9 @@ import xxhash
 from data_tools.index import index_bytes
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest, ShardInfo, index_name
 from pipeline.audit import audit
-from pipeline.build import open_training_data
 from pipeline.config import load_config
 from pipeline.data.order import key, rank_slots
+from pipeline.inputs import open_training_data
 from pipeline.ledger import LedgerWriter
 from pipeline.run import RunFolder
 

@@ -25,9 +25,9 @@ import xxhash
 from data_tools import ustar
 from data_tools.index import index_bytes
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest, ShardInfo, index_name
-from pipeline.build import open_training_data, train_transform
 from pipeline.config import load_config
 from pipeline.data.loader import Share, TrainSamples, train_batches
+from pipeline.inputs import open_training_data, train_transform
 
 SHARD = 2000
 

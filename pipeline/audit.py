@@ -17,12 +17,12 @@ import numpy as np
 
 from data_tools.errors import UserError
 from pipeline.audit_epochs import EpochReport, Epochs
-from pipeline.build import open_training_data
 from pipeline.checkpoint.place import committed_steps
 from pipeline.config import Config
 from pipeline.data.order import Order, key
 from pipeline.data.sets import TrainingData
 from pipeline.data.source import SampleSource
+from pipeline.inputs import open_training_data
 from pipeline.ledger import LedgerReader, Segment, ledger_ranks
 from pipeline.run import RunFolder, last_live_steps, resume_points
 

@@ -25,9 +25,9 @@ def run_eval(
 ) -> int:
     """Top-1, top-5, per-class figures and throughput of one checkpoint over a split, each sample exactly once."""
     quiet_libraries()
-    from pipeline.build import eval_samples
     from pipeline.data.loader import eval_batches
     from pipeline.evaluate import Detail, RealLabels, evaluate
+    from pipeline.inputs import eval_samples
     from pipeline.losses import make_loss
     from pipeline.parallel.world import World
     from pipeline.weights.trained import TrainedModel
@@ -105,9 +105,9 @@ def run_fewshot(
 ) -> int:
     """The closed-form probe on frozen features: prints a table, writes it as JSON."""
     quiet_libraries()
-    from pipeline.build import permutation
     from pipeline.data.source import EVAL_SPLITS
     from pipeline.fewshot import FewShot
+    from pipeline.inputs import permutation
     from pipeline.parallel.world import World
     from pipeline.weights.trained import TrainedModel
 
@@ -165,8 +165,8 @@ def _load(trained: TrainedModel, world: World) -> tuple[TrainedModel, Predictor]
 
 def _eval_source(trained: TrainedModel) -> SampleSource:
     """data.val, else the val split of the training data."""
-    from pipeline.build import open_training_data, open_val
     from pipeline.data.source import EVAL_SPLITS
+    from pipeline.inputs import open_training_data, open_val
 
     config = trained.config
     if config.data.val not in (None, "none"):

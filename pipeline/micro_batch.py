@@ -208,9 +208,10 @@ def _wait(trial: subprocess.Popen[bytes], world: World) -> list[int | None]:
 
 def _trial(config: Config, largest: int) -> None:
     """The process of one rank: steps of ever more images, a line for each size that all ranks managed."""
-    from pipeline.build import blank_batch, build_engine
+    from pipeline.build import build_engine
     from pipeline.cli import quiet_libraries
     from pipeline.data.loader import Share
+    from pipeline.inputs import blank_batch
     from pipeline.model import create_model
 
     quiet_libraries()

@@ -158,7 +158,7 @@ def test_steps_to_save_at_are_kept_where_ranks_agree_rarely(tmp_path, monkeypatc
     """On a GPU ranks agree every tenth step only; what is due by the count of steps does not wait for that."""
     from dataclasses import replace
 
-    from pipeline.build import Schedule
+    from pipeline.parts import Schedule
 
     schedule_of = Schedule.of
     monkeypatch.setattr(Schedule, "of", staticmethod(lambda *a, **k: replace(schedule_of(*a, **k), agree_every=10)))

@@ -8,12 +8,12 @@ import torch
 from helpers import TINY, picture, train
 
 from data_tools.errors import UserError
-from pipeline.build import eval_samples, train_transform
 from pipeline.config import load_config
 from pipeline.data.augment import EvalTransform, TrainTransform
 from pipeline.data.pixel_order import pixel_order
 from pipeline.data.randaugment import RandAugment
 from pipeline.data.synthetic import SyntheticSource
+from pipeline.inputs import eval_samples, train_transform
 from pipeline.model import create_model
 from pipeline.run import read_metrics
 

@@ -86,7 +86,7 @@ def test_compared_models_see_identical_batches(tmp_path):
     shared = ["augment.randaugment_magnitude=15", "augment.mixup_alpha=0.5", "train.duration=3 steps"]
     assert train(tmp_path / "mixer", *shared, "model.drop_path_rate=0.1") == 0
     assert train(tmp_path / "vit", *shared, *vit) == 0
-    from pipeline.build import mixup, train_transform
+    from pipeline.inputs import mixup, train_transform
 
     configs = [load_config(str(tmp_path / r / "config.yaml")).config for r in ("mixer", "vit")]
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)

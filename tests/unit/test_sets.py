@@ -13,12 +13,12 @@ import pytest
 from helpers import members, shards_of, train, write_dataset
 
 from data_tools.errors import UserError
-from pipeline.build import open_training_data, open_val
 from pipeline.config import load_config
 from pipeline.data.sets import unused_epoch
 from pipeline.data.source import TarSource
 from pipeline.data.subset import Subset
 from pipeline.data.synthetic import SyntheticSource
+from pipeline.inputs import open_training_data, open_val
 from pipeline.run import RunFolder, read_digests
 
 

@@ -406,7 +406,7 @@ def test_the_best_by_loss_stays(tmp_path):
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_a_save_that_failed_is_tried_again_before_the_next_is_due(tmp_path, monkeypatch, reference, capsys, background):
     """The error of the thread that writes comes out in the loop, as a warning; training goes on with the same bits."""
-    from pipeline import trainer
+    from pipeline import saving
     from pipeline.checkpoint import manager
 
     failures = ["No space left on device"]
@@ -418,7 +418,7 @@ def test_a_save_that_failed_is_tried_again_before_the_next_is_due(tmp_path, monk
         return write(*args)
 
     monkeypatch.setattr(manager, "write_pieces", write_pieces)
-    monkeypatch.setattr(trainer, "RETRY_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(saving, "RETRY_SAVE_SECONDS", 0.0)
     assert train(tmp_path / "run", f"checkpoint.background={background}") == 0
     assert "checkpoint at step 4 failed, the previous one stays: rank 0" in capsys.readouterr().out
     [failed] = events(tmp_path / "run", "save_failed")
@@ -447,12 +447,12 @@ def test_a_save_that_is_too_slow_warns_and_the_next_one_waits(tmp_path, monkeypa
 
 
 def test_checkpoints_out_of_reach_do_not_end_training(tmp_path, monkeypatch, capsys):
-    from pipeline import trainer
+    from pipeline import saving
 
     def no_answer(*args: Any) -> Any:
         raise OSError(5, "no answer")
 
-    monkeypatch.setattr(trainer, "best_score", no_answer)
+    monkeypatch.setattr(saving, "best_score", no_answer)
     assert train(tmp_path / "run", "data.val=synthetic", "eval.batch_size=500", "eval.every=3 steps") == 0
     assert "step 3 is not compared with the saved checkpoints: [Errno 5] no answer" in capsys.readouterr().out
 
