@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo.utils
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -321,6 +322,14 @@ def train(world: World, spec: Spec, root: str | None, steps: int) -> Outcome:
         return Outcome([r[0] for r in results], [r[1] for r in results], s.engine.verify(), folder)
 
 
+def train_compiled(world: World, spec: Spec, root: str, steps: int) -> tuple[Outcome, int]:
+    """As `train`; also how many graphs were compiled for it. What earlier cases compiled is forgotten first."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    outcome = train(world, spec, root, steps)
+    return outcome, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def go_on(world: World, spec: Spec, source: str, root: str | None, steps: range) -> Outcome:
     """Loads a checkpoint into a new engine and takes the given steps; saved at the end where `root` is given."""
     with session(world, spec) as s:
@@ -367,11 +376,11 @@ def save_beside_training(world: World, spec: Spec, root: str) -> tuple[str, bool
         return str(step_folder(Path(root), 7)), saver.staging_is_pinned
 
 
-def train_twice(world: World, spec: Spec, steps: int) -> tuple[list[float], list[float]]:
-    """The losses of two trainings from the same start, with train.deterministic."""
+def train_twice(world: World, spec: Spec, root: str, steps: int) -> tuple[Outcome, Outcome]:
+    """Two trainings from the same start with train.deterministic, both saved at the end."""
     deterministic(True)
     try:
-        return train(world, spec, None, steps).losses, train(world, spec, None, steps).losses
+        return train(world, spec, f"{root}/first", steps), train(world, spec, f"{root}/second", steps)
     finally:
         deterministic(False)
 

@@ -19,7 +19,8 @@ from pipeline.checkpoint.layout import MANIFEST, CheckpointReader
 from pipeline.checkpoint.manager import committed_steps
 
 SIZES = (1, 2, 3, 4)
-LAYOUTS = [(strategy, size) for strategy in STRATEGIES for size in SIZES] + [("hsdp", 2), ("hsdp", 4)]
+# hsdp: at 4 ranks two copies of two shards each; at fewer a copy a rank
+LAYOUTS = [(strategy, size) for strategy in (*STRATEGIES, "hsdp") for size in SIZES]
 
 # (written by, read by): every strategy on both sides, to more ranks, to fewer, and to as many
 PAIRS = [

@@ -134,6 +134,13 @@ def test_activation_checkpointing_changes_nothing(ranks, strategy: str) -> None:
     assert recomputed.losses == plain.losses
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_runs_give_the_same_bits(ranks, tmp_path: Path, strategy: str) -> None:
+    first, second = ranks(3).run(cases.train_twice, Spec(strategy), str(tmp_path), 3)[0]
+    assert first.losses == second.losses
+    assert CheckpointReader(Path(first.folder)).digest() == CheckpointReader(Path(second.folder)).digest()
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["block", "model"])
@@ -141,7 +148,8 @@ def test_activation_checkpointing_changes_nothing(ranks, strategy: str) -> None:
 def test_compiled_training_is_the_same_training(ranks, tmp_path: Path, strategy: str, compiled: str) -> None:
     """Losses and gradient norms as in plain torch, and a checkpoint that shows nothing of the compiler."""
     spec = Spec(strategy, compile=compiled)
-    outcome = ranks(2).run(cases.train, spec, str(tmp_path), STEPS, timeout=300)[0]
+    outcome, graphs = ranks(2).run(cases.train_compiled, spec, str(tmp_path), STEPS, timeout=300)[0]
+    assert graphs > 0
     np.testing.assert_allclose(outcome.losses, reference().losses, rtol=0, atol=FP32_TOLERANCE)
     np.testing.assert_allclose(outcome.norms, reference().norms, rtol=1e-5)
     assert read_whole(outcome.folder).keys() == cases.canonical_state().keys()

@@ -23,7 +23,7 @@ from mixer_process import (
 from s3_server import S3Server
 
 from pipeline.checkpoint.manager import committed_steps
-from pipeline.run import RunFolder, read_ledger
+from pipeline.run import RunFolder, read_ledger, read_lines
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
@@ -276,7 +276,8 @@ def test_checkpoints_in_a_store_that_goes_away(server, local, undisturbed, tmp_p
     assert "Traceback" not in refused.output() and "unexpected" not in refused.output()
     server.start()
     mixer = start(run, *training, stretch=0.02)
-    wait_for_progress(mixer, run, 0, steps=8)
+    wait_for_progress(mixer, run, 0)
+    assert poll(lambda: any(e["event"] == "save" for e in read_lines(run / "events.jsonl"))), mixer.output()
     server.kill()
     os.kill(mixer.rank(1), signal.SIGKILL)
     assert poll(lambda: "is out of reach" in mixer.output()), mixer.output()
