@@ -197,7 +197,7 @@ def _prepared(config: Config, shots: list[int]) -> Config:
 
 def _whole_set(config: Config) -> tuple[int, int]:
     """(samples, classes) of the whole training set. Raises UserError."""
-    from pipeline.build import num_classes, open_training_data
+    from pipeline.inputs import num_classes, open_training_data
 
     data = open_training_data(replace(config, data=replace(config.data, subset=None)))
     return data.samples, num_classes(config, data.source)
