@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from data_tools.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.compare.study import Result
+    from pipeline.compare.study import Plan, Result
     from pipeline.config import Config
 
 Study = Annotated[
@@ -23,6 +24,9 @@ Models = Annotated[
 ]
 Shots = Annotated[str | None, typer.Option(help="Images of each class. Default: 1,5,10,25.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Trainings side by side on this machine.")]
+Prepare = Annotated[
+    bool, typer.Option("--prepare", help="Write the runs' configurations and print the command of each: for a cluster.")
+]
 Nproc = Annotated[int | None, typer.Option(min=1, help="Processes of each training. Default: one a GPU.")]
 
 
@@ -35,12 +39,14 @@ def scaling(
     shots: Shots = None,
     jobs: Jobs = 1,
     nproc: Nproc = None,
+    prepare: Prepare = False,
 ) -> None:
     """What each model gains from more data, at equal steps (paper, figure 2 right).
 
     Trains every model on nested subsets of one set, probes its features with a
     few images of each class, and writes one table and one picture. Started again
-    it goes on: finished runs are kept, the interrupted ones resume.
+    it goes on: finished runs are kept, the interrupted ones resume. --prepare leaves
+    the training to a cluster.
 
     Examples:
 
@@ -48,13 +54,14 @@ def scaling(
 
       mixer compare scaling --out scaling                   # goes on with it
 
-      mixer compare scaling --model Mixer=mixer_b16_jft --model ViT="vit_b16_i1k
-      train.global_batch_size=1024" data.train=/shards eval.fewshot=/imagenet
+      mixer compare scaling jft_scaling data.train=CORPUS eval.fewshot=IMAGENET --out /runs/fig2 --prepare
+
+      mixer compare scaling --model Mixer=mixer_b16_i1k --model ViT=vit_b16_i1k data.train=SHARDS
     """
     from pipeline.compare.scaling import FRACTIONS, on_share, parse_fractions, report_scaling
 
-    given = {"models": models, "conditions": parse_fractions(fractions) if fractions else None, "shots": shots}
-    _run("scaling", "fractions", FRACTIONS, study, overrides, out, given, on_share, report_scaling, jobs, nproc)
+    asked = _Asked("scaling", study, overrides, models, shots, parse_fractions(fractions) if fractions else None)
+    _run(asked.plan(out, FRACTIONS), out, on_share, report_scaling, jobs, nproc, prepare)
 
 
 def permutation(
@@ -65,6 +72,7 @@ def permutation(
     shots: Shots = None,
     jobs: Jobs = 1,
     nproc: Nproc = None,
+    prepare: Prepare = False,
 ) -> None:
     """How networks learn from images whose pixels are permuted (paper, figure 4).
 
@@ -80,62 +88,75 @@ def permutation(
     """
     from pipeline.compare.permutation import CONDITIONS, report_permutation, with_permutation
 
-    given = {"models": models, "conditions": None, "shots": shots}
-    _run(
-        "permutation", "permutations", CONDITIONS, study, overrides, out, given, with_permutation, report_permutation,
-        jobs, nproc,
-    )  # fmt: skip
+    asked = _Asked("permutation", study, overrides, models, shots, None)
+    _run(asked.plan(out, CONDITIONS), out, with_permutation, report_permutation, jobs, nproc, prepare)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The command line of a study."""
+
+    kind: str
+    study: str | None
+    overrides: list[str] | None
+    models: list[str] | None
+    shots: str | None
+    conditions: list[str] | None
+
+    def plan(self, out: Path, conditions: Sequence[str]) -> Plan:
+        """Where neither a study nor models are given: that of the folder. conditions: if none are named anywhere.
+
+        Raises:
+            UserError: there is no study to go on with, or nothing to train.
+        """
+        from pipeline.compare.study import AXIS, SHOTS, Plan, parse_models, read_study
+
+        study, overrides = self.study, list(self.overrides or [])
+        if study and "=" in study:
+            study, overrides = None, [study, *overrides]
+        shots = _shots(self.shots) if self.shots else None
+        before = Plan.stored(out, self.kind)
+        if not study and not self.models:
+            if before is None:
+                raise UserError(
+                    f"{out} holds no study to go on with: give a study's name or file, or models with --model "
+                    f"(see `mixer compare {self.kind} --help`)"
+                )
+            return replace(
+                before,
+                conditions=self.conditions or before.conditions,
+                shots=shots or before.shots,
+                overrides=[*before.overrides, *overrides],
+            )
+        file = read_study(study, self.kind) if study else {}
+        models = parse_models(self.models) if self.models else file.get("models")
+        if not models:
+            raise UserError(f"{study}: names no models, and none are given with --model")
+        return Plan(
+            self.kind,
+            models,
+            self.conditions or [str(c) for c in file.get(AXIS[self.kind], conditions)],
+            file.get("settings", []),
+            shots or list(file.get("shots", SHOTS)),
+            overrides,
+        )
 
 
 def _run(
-    name: str,
-    axis: str,
-    conditions: Sequence[str],
-    study: str | None,
-    overrides: list[str] | None,
+    plan: Plan,
     out: Path,
-    given: dict[str, Any],
     under: Callable[[Config, str], Config],
     report: Callable[[Sequence[Result], Path], str],
     jobs: int,
     nproc: int | None,
+    prepare: bool,
 ) -> None:
     from launch.study import run_study
     from pipeline.compare.chart import require_matplotlib
-    from pipeline.compare.study import SHOTS, Plan, make_cells, parse_models, read_results, read_study, settle
+    from pipeline.compare.study import config_file, make_cells, read_results, settle
     from pipeline.run import RunFolder
 
     require_matplotlib()
-    settings = list(overrides or [])
-    if study and "=" in study:
-        study, settings = None, [study, *settings]
-    before = Plan.stored(out, name)
-    if not study and not given["models"] and before is None:
-        raise UserError(
-            f"{out} holds no study to go on with: give a study's name or file, or models with --model "
-            f"(see `mixer compare {name} --help`)"
-        )
-    if study or given["models"] or before is None:
-        file = read_study(study, name, axis) if study else {}
-        plan = Plan(
-            name,
-            parse_models(given["models"]) if given["models"] else file.get("models", {}),
-            given["conditions"] or [str(c) for c in file.get(axis, conditions)],
-            file.get("settings", []),
-            _shots(given["shots"]) if given["shots"] else list(file.get("shots", SHOTS)),
-            settings,
-        )
-    else:
-        plan = Plan(
-            name,
-            before.models,
-            given["conditions"] or before.conditions,
-            before.settings,
-            _shots(given["shots"]) if given["shots"] else before.shots,
-            [*before.overrides, *settings],
-        )
-    if not plan.models:
-        raise UserError(f"{study}: names no models, and none are given with --model")
     cells = make_cells(plan, out, under)
 
     def tell() -> str | None:
@@ -145,12 +166,17 @@ def _run(
     folder = RunFolder(out)  # one study at a time; the lock goes with the object
     folder.lock()
     settle(plan, cells, out)
+    if prepare:
+        for cell in cells:
+            typer.echo(f"mixer launch slurm {config_file(out, cell.name)} --nodes NODES --gpus-per-node GPUS")
+        typer.echo(f"\nwhen they are finished, the table and the picture: mixer compare {plan.study} --out {out}")
+        return
     code = run_study(cells, out, jobs, nproc, tell)
+    name = plan.study
     if (out / f"{name}.md").exists():
         typer.echo(f"written: {', '.join(str(out / f'{name}.{kind}') for kind in ('md', 'png', 'json'))}")
     if code:
-        command = f"mixer compare {name} --out {out}"
-        typer.echo(f"saved before the end; go on with `{command}`")
+        typer.echo(f"saved before the end; go on with `mixer compare {name} --out {out}`")
     raise typer.Exit(code)
 
 

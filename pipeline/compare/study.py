@@ -27,6 +27,7 @@ from pipeline.run import RunFolder, replace_file
 
 VERSION = 1
 SHOTS = (1, 5, 10, 25)
+AXIS = {"scaling": "fractions", "permutation": "permutations"}  # study -> what its conditions are called
 
 # What does not change a result: may differ when a study is gone on with
 _FREE = re.compile(
@@ -107,8 +108,8 @@ def parse_models(given: Sequence[str]) -> dict[str, list[str]]:
     return models
 
 
-def read_study(name_or_path: str, study: str, conditions: str) -> dict[str, Any]:
-    """The YAML of a study, shipped (by name) or the user's own: {models, settings, shots, `conditions`}, as given.
+def read_study(name_or_path: str, study: str) -> dict[str, Any]:
+    """The YAML of a study, shipped (by name) or the user's own: {models, settings, shots, AXIS[study]}, as given.
 
     Raises:
         UserError: no such file, or not of this form.
@@ -129,7 +130,7 @@ def read_study(name_or_path: str, study: str, conditions: str) -> dict[str, Any]
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise UserError(f"{path}: cannot be read: {e}") from None
-    kinds: dict[str, type] = {"study": str, "models": dict, "settings": list, "shots": list, conditions: list}
+    kinds: dict[str, type] = {"study": str, "models": dict, "settings": list, "shots": list, AXIS[study]: list}
     if not isinstance(raw, dict) or raw.get("study") != study:
         raise UserError(f"{path}: is no study of `mixer compare {study}`: it must begin with `study: {study}`")
     for key, value in raw.items():
@@ -234,7 +235,7 @@ def _differences(before: Plan, plan: Plan, cells: Sequence[Cell], out: Path) -> 
     words = []
     for what, old, new in (
         ("models", list(before.models), list(plan.models)),
-        ("conditions", before.conditions, plan.conditions),
+        (AXIS[plan.study], before.conditions, plan.conditions),
     ):
         if old != new:
             words.append(f"{what}: {', '.join(old)} -> {', '.join(new)}")
