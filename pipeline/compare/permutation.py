@@ -24,9 +24,7 @@ NAMES = {"none": "original", "patches": "patches and pixels within", "pixels": "
 def with_permutation(config: Config, kind: str) -> Config:
     """The same training on permuted images."""
     if config.augment.permute != "none":
-        raise UserError(
-            f"augment.permute={config.augment.permute}: the permutations are this study's own; leave it out"
-        )
+        raise UserError(f"augment.permute={config.augment.permute}: what is permuted is for this study to set")
     return replace(config, augment=replace(config.augment, permute=kind))
 
 

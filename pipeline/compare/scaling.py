@@ -78,8 +78,8 @@ def _panels(results: Sequence[Result], shots: list[int]) -> list[Panel]:
     for key, label in ((f"fewshot_{shown}", f"linear {shown}-shot top-1"), ("top1", "val top-1")):
         curves = []
         for model in dict.fromkeys(r.cell.model for r in results):
-            points = [(r.samples, r.best.values[key]) for r in results if r.cell.model == model and r.best]
-            curves.append(Curve(model, *([float(v) for v in values] for values in zip(*sorted(points)))))
+            points = sorted((r.samples, r.best.values[key]) for r in results if r.cell.model == model and r.best)
+            curves.append(Curve(model, [float(n) for n, _ in points], [v for _, v in points]))
         sizes = sorted({r.samples for r in results})
         panels.append(Panel(curves, "training images", label, log_x=True, percent=True, x_ticks=sizes))
     return panels
