@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 30
 COMMON = ["model.image_size=8", f"train.duration={STEPS} steps", "train.global_batch_size=8", "train.precision=fp32",
           "train.strategy=ddp", "data.num_workers=0", "eval.every=10 steps", "eval.batch_size=16", "optimizer.lr=0.01",
-          "augment.crop=resize", "augment.hflip=0", "checkpoint.every=4 steps", "logging.every=1 steps", "logging.to=[]"]  # fmt: skip
+          "augment.crop=resize", "augment.hflip=0", "checkpoint.every=4 steps", "logging.every=1 steps",
+          "logging.to=[]"]  # fmt: skip
 MIXER = "model.patch_size=4 model.hidden_dim=16 model.num_blocks=2"
 
 
