@@ -66,7 +66,7 @@ def draw_curves(panels: Sequence[Panel], path: Path, title: str = "", columns: i
                 curve.y,
                 color=COLOURS[colour % len(COLOURS)],
                 linestyle=_DASHES[(curve.dash + colour // len(COLOURS)) % len(_DASHES)],
-                marker=_MARKERS[place % len(_MARKERS)] if len(curve.x) <= _FEW else None,
+                marker=_MARKERS[colour % len(_MARKERS)] if len(curve.x) <= _FEW else None,
                 markersize=5,
                 linewidth=1.8,
                 label=curve.label,

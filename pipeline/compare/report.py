@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.run import replace_file
 
 MISSING = "-"  # a cell without a value
+
+# Settings of `model.*` that change a model's shape, with the paper's letters
+LETTERS = {"patch_size": "P", "hidden_dim": "C", "num_blocks": "L", "tokens_mlp_dim": "D_S", "channels_mlp_dim": "D_C"}
+
+
+def shape_label(overrides: Mapping[str, Any]) -> str:
+    """What is not the named model's own: "C=64 L=2"; empty where nothing is."""
+    return " ".join(f"{letter}={overrides[key]}" for key, letter in LETTERS.items() if overrides.get(key) is not None)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

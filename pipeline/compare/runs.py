@@ -18,7 +18,7 @@ import numpy as np
 
 from data_tools.errors import UserError
 from pipeline.compare.chart import Curve, Panel, draw_curves
-from pipeline.compare.report import MISSING, markdown, save
+from pipeline.compare.report import MISSING, markdown, save, shape_label
 from pipeline.config import load_config
 from pipeline.run import RunFolder, live_lines, read_lines
 
@@ -84,7 +84,7 @@ def read_history(run: str | Path, name: str | None = None) -> History:
 
     return History(
         name or folder.path.name,
-        config.model.name,
+        f"{config.model.name} {shape_label(config.model.overrides())}".rstrip(),
         config.loss.name,
         points(train),
         points([line for line in lines if line.get("split") == "val"]),

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from data_tools.errors import UserError
+from pipeline.compare.report import LETTERS, shape_label
 from pipeline.data.loader import PADDING, Batch
 from pipeline.losses import make_loss
 from pipeline.micro_batch import is_out_of_memory
@@ -43,8 +44,6 @@ SMALL = (
     "timm/halonet26t@256",
     "timm/test_nfnet@64",
 )
-# What a MODEL may override, with the paper's letters
-_LETTERS = {"patch_size": "P", "hidden_dim": "C", "num_blocks": "L", "tokens_mlp_dim": "D_S", "channels_mlp_dim": "D_C"}
 _TRIAL_SECONDS = 0.3  # to choose a batch size
 
 
@@ -66,8 +65,8 @@ class Candidate:
             size = int(pixels) if pixels else size
             for setting in filter(None, settings.split(",")):
                 key, _, value = setting.partition("=")
-                if key not in _LETTERS:
-                    raise UserError(f"{text}: there is no setting {key}; one of {', '.join(_LETTERS)}")
+                if key not in LETTERS:
+                    raise UserError(f"{text}: there is no setting {key}; one of {', '.join(LETTERS)}")
                 overrides[key] = int(value)
         except ValueError:
             raise UserError(f"{text} is no model: write NAME, NAME@PIXELS or NAME@PIXELS:hidden_dim=64") from None
@@ -80,7 +79,8 @@ class Candidate:
     @property
     def shape(self) -> str:
         """What is overridden: "C=64 L=2 "; empty where nothing is."""
-        return "".join(f"{_LETTERS[k]}={v} " for k, v in self.overrides.items())
+        shape = shape_label(self.overrides)
+        return f"{shape} " if shape else ""
 
     @property
     def label(self) -> str:

@@ -106,7 +106,7 @@ def test_two_trainings_are_compared_as_they_logged_themselves(tmp_path: Path) ->
         logged = read_metrics(run)
         evaluated = [x for x in read_lines(run / "metrics.jsonl") if x["split"] == "val"]
         name, model, samples, hours, loss, val_loss, top1, best, *_ = (c.strip() for c in row.strip("|").split("|"))
-        assert (name, model, samples) == (f"{run.parent.name}/run", "mixer_s16", "128")
+        assert (name, model, samples) == (f"{run.parent.name}/run", "mixer_s16 P=4 C=16 L=2 D_S=8 D_C=32", "128")
         assert (loss, val_loss) == (f"{logged[-1]['loss']:.4f}", f"{evaluated[-1]['loss']:.4f}")
         assert top1 == f"{evaluated[-1]['top1']:.2%}"
         assert best == f"{max(x['top1'] for x in evaluated):.2%}"
