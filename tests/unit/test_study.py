@@ -9,11 +9,11 @@ import pytest
 from helpers import TINY_MODEL, members, shards_of, write_dataset
 
 from data_tools.errors import UserError
-from pipeline.build import open_training_data, permutation
 from pipeline.compare.permutation import CONDITIONS, with_permutation
 from pipeline.compare.scaling import on_share, parse_fractions
 from pipeline.compare.study import AXIS, Cell, Plan, config_file, make_cells, parse_models, read_study, settle
 from pipeline.config import load_config
+from pipeline.inputs import open_training_data, permutation
 
 SETTINGS = ["train.global_batch_size=4", "train.duration=3 epochs", "train.precision=fp32", "data.num_workers=0",
             "scheduler.warmup=1 epochs", "eval.every=1 epochs"]  # fmt: skip
