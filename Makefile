@@ -74,7 +74,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 # timm and torchvision without their dependencies, which would pull in another torch; all others are there already
 $(VENV)/.dev: $(VENV)/.core
 	@echo "installing what the tests need"
-	@$(PIP) install -qq -c constraints.txt -e '.[demo,dev,ray,s3,region]'
+	@$(PIP) install -qq -c constraints.txt -e '.[demo,dev,ray,s3,gs,region]'
 	@$(PIP) install -qq -c constraints.txt --no-deps timm torchvision
 	@$(BIN)/python -c 'from pipeline.model.timm_compat import import_timm; import_timm()'
 	@touch $@

@@ -106,10 +106,10 @@ Rate = tuple[float, float]  # images a second, and milliseconds of processor tim
 
 
 def transform_of(how: str) -> Any:
-    """how: "", "scaled" or "region"."""
+    """how: "", "scaled", "region" or "both"."""
     from pipeline.data.augment import TrainTransform
 
-    return TrainTransform(SIZE, 0, scale=SCALE, scaled=how == "scaled", region=how == "region")
+    return TrainTransform(SIZE, 0, scale=SCALE, scaled=how in ("scaled", "both"), region=how in ("region", "both"))
 
 
 def ours(data: Path, workers: int, how: str = "") -> Iterator[Any]:
@@ -242,6 +242,8 @@ LOADERS: dict[str, tuple[str, Callable[[Path, int], Iterator[Any]]]] = {
     "mixer-region": ("this project, data.region_decode", lambda d, w: ours(d, w, "region")),
     "limit-scaled": ("decode at a fraction where allowed, crop, resize, no loader", lambda d, w: iter(())),
     "mixer-scaled": ("this project, data.scaled_decode", lambda d, w: ours(d, w, "scaled")),
+    "limit-both": ("whichever is quicker, no loader", lambda d, w: iter(())),
+    "mixer-both": ("this project, data.region_decode and data.scaled_decode", lambda d, w: ours(d, w, "both")),
     "folder-pil": ("ImageFolder + DataLoader, Pillow transforms", lambda d, w: folder(d, w, False)),
     "folder-v2": ("ImageFolder + DataLoader, v2 transforms of uint8 tensors", lambda d, w: folder(d, w, True)),
     "wds-pil": ("webdataset, Pillow transforms", lambda d, w: webdataset(d, w, False)),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-NEVER_SKIP = ("slurm", "ray", "s3", "compare")
+NEVER_SKIP = ("slurm", "ray", "s3", "gs", "compare")
 MAY_SKIP = "gpu"
 _PROPERTY = "mixer_markers"
 

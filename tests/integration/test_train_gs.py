@@ -1,6 +1,6 @@
 """Training from Google Cloud Storage: gcsfs against a server on loopback, the same run as from local files.
 
-Skips where they are not installed: `pip install gcsfs gcp-storage-emulator`.
+Skips where they are not installed: the extras `gs` and `dev`.
 """
 
 from __future__ import annotations

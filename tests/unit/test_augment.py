@@ -339,3 +339,15 @@ def test_a_damaged_jpeg_is_no_crash_of_the_region_decoder():
     for cut in (30, 200, len(data) // 2):
         with pytest.raises(ValueError):
             decode_image(bytes(data[:cut]), 3, lambda *_: Crop(0, 0, 203, 301, region=True))
+
+
+@given(st.integers(0, 2**40), st.integers(1, 3000), st.integers(1, 3000))
+def test_small_crops_are_decoded_alone_and_large_ones_at_a_fraction(sample, height, width):
+    t = TrainTransform(50, seed=0, scaled=True, region=True)
+    crop = t.choose(t.draw(0, sample), height, width)
+    if 2 * crop.height * crop.width < height * width:
+        assert crop.factor == 1
+    else:
+        assert crop == TrainTransform(50, seed=0, scaled=True).choose(t.draw(0, sample), height, width)._replace(
+            region=True
+        )
