@@ -6,6 +6,7 @@ The command line itself is in `launch.cli`; torch is imported here, inside the f
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import logging
@@ -28,6 +29,15 @@ from pipeline.takeover import take_over_run
 
 if TYPE_CHECKING:
     from pipeline.parallel.world import World
+
+_LASTING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+
+
+class FolderTrouble(UserError):
+    """The run's folder or its store does not answer: that may be over in a moment, and a launcher tries again."""
+
+    exit_code = 74  # EX_IOERR
+
 
 EXIT_SAVED = 75  # EX_TEMPFAIL, "try again": saved before the end, to be continued
 SMOKE_STEPS = 3
@@ -53,16 +63,18 @@ def run_training(config: Config, allow: set[str], logs: StartLogs | None = None,
 
     world = World.join(group_timeout(config))
     with group_left_last(world):
-        problem = None
+        problem, kind = None, UserError
         if world.is_main:
             try:
                 # the lock goes with the object: kept until this returns
                 _held = take_over_run(config, allow, logs.name if logs else "")
-            except (UserError, OSError) as e:
+            except UserError as e:
                 problem = str(e)
-        problem = world.broadcast(problem)
+            except OSError as e:
+                problem, kind = str(e), UserError if e.errno in _LASTING else FolderTrouble
+        problem, kind = world.broadcast((problem, kind))
         if problem:
-            raise UserError(problem)
+            raise kind(problem)
         if os.environ.get("MIXER_CHECK_GROUP") and world.size > 1:
             speed = check_group(world)
             if world.is_main:

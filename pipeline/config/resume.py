@@ -42,7 +42,7 @@ _ON_RESUME: dict[str, Kind] = {
     "data.window": "refused",
     "data.lanes": "refused",
     "data.scaled_decode": "declared",
-    "data.region_decode": "free",  # the same pixels
+    "data.region_decode": "declared",  # the same pixels, but not for a damaged image, nor beside scaled_decode
     "augment.*": "declared",
     "loss.*": "declared",
     "optimizer.name": "refused",

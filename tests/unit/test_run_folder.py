@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from helpers import script
+from helpers import script, train
 
 from data_tools.errors import UserError
 from pipeline.run import RunFolder, append_line, live_lines, read_digests, read_lines, read_metrics
@@ -137,3 +139,16 @@ def test_a_relative_path_is_as_good(tmp_path, monkeypatch):
     run = RunFolder("runs/a")
     run.record("start")
     assert (Path(tmp_path) / "runs" / "a" / "events.jsonl").exists()
+
+
+@pytest.mark.parametrize("number, code", [(errno.ESTALE, 74), (errno.EIO, 74), (errno.EACCES, 1), (errno.EROFS, 1)])
+def test_a_launcher_may_try_again_where_the_run_folder_did_not_answer(tmp_path, monkeypatch, number, code):
+    """Exit code 1 says that no restart can help."""
+
+    def take_over(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "runs/a")
+
+    monkeypatch.setattr("pipeline.cli.take_over_run", take_over)
+    with pytest.raises(UserError, match=os.strerror(number)) as e:
+        train(tmp_path / "run")
+    assert e.value.exit_code == code
