@@ -19,9 +19,9 @@ from pipeline.run import RunFolder
 pytest.importorskip("matplotlib")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS = 30
+STEPS = 60
 COMMON = ["model.image_size=8", f"train.duration={STEPS} steps", "train.global_batch_size=8", "train.precision=fp32",
-          "train.strategy=ddp", "data.num_workers=0", "eval.every=10 steps", "eval.batch_size=16", "optimizer.lr=0.01",
+          "train.strategy=ddp", "data.num_workers=0", "eval.every=20 steps", "eval.batch_size=16", "optimizer.lr=0.01",
           "augment.crop=resize", "augment.hflip=0", "checkpoint.every=4 steps", "logging.every=1 steps",
           "logging.to=[]"]  # fmt: skip
 MIXER = "model.patch_size=4 model.hidden_dim=16 model.num_blocks=2"
@@ -65,17 +65,22 @@ def test_scaling_killed_in_the_middle_goes_on(tmp_path, data):
     changed = Mixer([*asked, "optimizer.lr=0.5"], tmp_path)
     assert changed.wait() == UserError.exit_code and "optimizer.lr: 0.01 -> 0.5" in changed.output(), changed.output()
 
+    folder = RunFolder(out)
+    folder.lock()  # as another study in this folder would
+    again = Mixer(["compare", "scaling", "--out", str(out)], tmp_path)
+    assert again.wait() == UserError.exit_code and "another training writes into" in again.output(), again.output()
+    assert folder._lock is not None
+    folder._lock.close()
+
     mixer = Mixer(["compare", "scaling", "--out", str(out), "--jobs", "2"], tmp_path, stretch=0.03)
     wait_for_progress(mixer, runs["Small-100pct"], 1, steps=2)
-    again = Mixer(["compare", "scaling", "--out", str(out)], tmp_path)
-    assert again.wait() == UserError.exit_code and "another" in again.output(), again.output()
     mixer.process.terminate()
     assert mixer.wait() == 75 and f"go on with `mixer compare scaling --out {out}`" in mixer.output(), mixer.output()
-    assert mixer.all_gone()
+    assert mixer.all_gone() and "Small-100pct: training, goes on from step" in mixer.output()
 
     mixer = Mixer(["compare", "scaling", "--out", str(out), "--jobs", "2"], tmp_path, stretch=0)
     assert mixer.wait(300) == 0, mixer.output()
-    assert "goes on from step" in mixer.output() and "finished in" in mixer.output()
+    assert "finished in" in mixer.output()
     assert (runs["Small-25pct"] / "events.jsonl").read_bytes() == before  # kept as it was
     assert attempts(runs["Small-100pct"]) >= 2
 
@@ -88,7 +93,7 @@ def test_scaling_killed_in_the_middle_goes_on(tmp_path, data):
     facts = json.loads((out / "scaling.json").read_text())
     assert [f["run"] for f in facts] == list(runs) and facts[1]["samples"] == 120 and 10 < facts[0]["samples"] < 60
     for row in facts:
-        assert [p["step"] for p in row["evaluations"]] == [10, 20, 30]
+        assert [p["step"] for p in row["evaluations"]] == [20, 40, 60]
         assert row["best"]["top1"] == max(p["top1"] for p in row["evaluations"])
         assert {"fewshot_1", "fewshot_5"} <= row["best"].keys()
     assert facts[1]["best"]["fewshot_5"] > 0.6  # four classes
@@ -102,7 +107,7 @@ def test_a_failed_run_does_not_keep_the_others(tmp_path, data):
     base, out = recipe(tmp_path), tmp_path / "out"
     asked = ["compare", "scaling", "--model", f"Bad={base} {MIXER} run.init_from=nowhere",
              "--model", f"Good={base} {MIXER}", "--fractions", "100", "--shots", "5", "--out", str(out),
-             f"data.train={data}", *COMMON, "train.duration=10 steps"]  # fmt: skip
+             f"data.train={data}", *COMMON, "train.duration=10 steps", "eval.every=5 steps"]  # fmt: skip
     mixer = Mixer(asked, tmp_path, stretch=0)
     assert mixer.wait() == UserError.exit_code, mixer.output()
     said = mixer.output()
@@ -115,7 +120,8 @@ def test_runs_prepared_for_a_cluster(tmp_path, data):
     """--prepare trains nothing; once its runs are trained by whatever means, the study reports them."""
     base, out = recipe(tmp_path), tmp_path / "out"
     asked = ["compare", "scaling", "--model", f"Small={base} {MIXER}", "--fractions", "100", "--shots", "5",
-             "--out", str(out), f"data.train={data}", *COMMON, "train.duration=10 steps"]  # fmt: skip
+             "--out", str(out), f"data.train={data}", *COMMON, "train.duration=10 steps",
+             "eval.every=5 steps"]  # fmt: skip
     mixer = Mixer([*asked, "--prepare"], tmp_path)
     assert mixer.wait() == 0, mixer.output()
     config = out / "configs" / "Small-100pct.yaml"
