@@ -139,6 +139,8 @@ class Draft:
         runs = self._work / f"runs-{self._runs_mark(dropped)}"
         for other in self._work.glob("runs-*"):  # of other options: the tables below would not be theirs any more
             if other != runs:
+                for note in other.glob("*.json"):  # what makes a run count, first: a kill in between is safe
+                    note.unlink()
                 planner.clear(other)
         if not runs.exists():
             for path in self._folder.glob("samples-*.parquet"):  # of a plan that was never finished

@@ -107,7 +107,8 @@ def _output(source: Store, options: IndexOptions, names: list[str]) -> Store:
     options.out.mkdir(parents=True, exist_ok=True)
     if is_url(options.place):
         url = options.place.rstrip("/")
-        if (there := tars_url(options.out)) not in (None, url):
+        there = tars_url(options.out)
+        if there is not None and there.rstrip("/") != url:
             raise UserError(f"{options.out} has the index of {there}; give an empty folder with --out")
         write_atomic(options.out / TARS_NAME, f"{url}\n".encode())
         return LinkedStore(options.out, source)

@@ -183,7 +183,7 @@ def _digest(options: ReshardOptions, sources: _Sources) -> str:
     for name in ("sources", "out", "workers", "storage_options", "work"):
         del raw[name]
     sets = [[m.split_digest(s) for s in m.splits] for m in sources.manifests]
-    return hashlib.sha256(json.dumps([1, raw, sets], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([2, raw, sets], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _refuse_other(output: Output, digest: str) -> None:

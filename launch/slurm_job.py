@@ -19,9 +19,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_tools.errors import UserError
 from launch.failure import first_failure
@@ -31,11 +32,13 @@ from launch.queue import seconds_left
 from pipeline.logs import LOGS, StartLogs
 from pipeline.run import RunFolder, read_lines
 
+T = TypeVar("T")
 EXIT_SAVED, EXIT_HUNG = 75, 76
 _PREFLIGHT_SECONDS = 300.0
 _SILENT = "no answer"
 _STEP_GRACE = 75.0  # more than srun's --wait: after that srun itself hangs, for instance on a node out of reach
 _LOCK_PATIENCE = 120
+_PATIENCE = 600  # seconds
 _LIMIT_MARGIN = 15.0
 _UNFIT_IN_A_ROW = 20  # preflights: an outage of the checkpoints' store or a full disk passes, a mistake does not
 
@@ -53,7 +56,7 @@ class Result:
 class Job:
     def __init__(self, run: Path):
         self.run = RunFolder(run)
-        self.plan: dict[str, Any] = json.loads((run / "launch" / "submission.json").read_text())
+        self.plan: dict[str, Any] = json.loads(_patiently((run / "launch" / "submission.json").read_text))
         self.id = os.environ["SLURM_JOB_ID"]
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         self.nodes = expand(os.environ.get("SLURM_JOB_NODELIST") or os.environ.get("SLURM_NODELIST") or "")
@@ -166,7 +169,8 @@ class Job:
 
     def go_on_after_trouble(self) -> int:
         """This launcher itself failed: a file system that was away for a moment must not end the run for good."""
-        troubles = sum(line["event"] == "ended" and line["why"] == "trouble" for line in booked(self.run.path))
+        ends = _patiently(lambda: [line["why"] for line in booked(self.run.path) if line["event"] == "ended"])
+        troubles = next((i for i, why in enumerate(reversed(ends)) if why != "trouble"), len(ends))  # in a row
         code = self._end(70, "trouble", "the launcher itself failed: see above")
         if not self.stopping and troubles < self.plan["max_restarts"]:
             self._requeue("the launcher itself failed")
@@ -210,7 +214,7 @@ class Job:
         failed |= {node: [_SILENT] for node in silent}
         seconds = round(time.monotonic() - started, 1)
         book(self.run.path, "preflight", self.id, restart=self.restart, attempt=attempt, ok=not failed, failed=failed,
-             seconds=seconds)  # fmt: skip
+             of=len(self.nodes), seconds=seconds)  # fmt: skip
         for node, problems in failed.items():
             say(f"preflight: {node} is unfit: {'; '.join(problems)}")
         if not failed:
@@ -230,8 +234,9 @@ class Job:
         if in_a_row > _UNFIT_IN_A_ROW:
             return self._end(1, "unfit", f"{in_a_row} preflights in a row failed: see above; then `mixer resume`")
         if everywhere:
+            again = len(self.nodes) == 1 and in_a_row > 1  # a second time: perhaps it is this node
             code = self._end(EXIT_SAVED, "unfit", "every node: once more, on any")
-            return code if self._requeue("no node is fit") else 1
+            return code if self._requeue("no node is fit", set(failed) if again else set()) else 1
         code = self._end(EXIT_SAVED, "unfit", f"going on without {', '.join(failed)}")
         return code if self._requeue("unfit: " + ", ".join(failed), set(failed)) else 1
 
@@ -272,7 +277,7 @@ class Job:
         while process.poll() is None:
             time.sleep(0.2)
             now = time.monotonic()
-            if bad_since is None and any(outcomes.glob("*.json")):
+            if bad_since is None and _outcomes(outcomes):
                 bad_since = now
             if bad_since is not None and now - bad_since > _STEP_GRACE and not self._still_saving(outcomes):
                 say("srun does not end although a node did: it is left behind")
@@ -310,8 +315,10 @@ class Job:
             return False
         if self._stop_asked():
             return False
-        exclude = {*exclude, *(n for line in booked(self.run.path) if line["event"] == "preflight" and
-                               0 < len(line["failed"]) < len(self.nodes) for n in line["failed"])}  # fmt: skip
+        checks = [line for line in booked(self.run.path) if line["event"] == "preflight"]
+        # Where all nodes failed, the fault was not theirs
+        unfit = [line["failed"] for line in checks if len(line["failed"]) < line.get("of", len(self.nodes))]
+        exclude = {*exclude, *(node for failed in unfit for node in failed)}
         fresh = bool(exclude - set(_excluded(self.run.path, self.id)))  # a requeued job keeps what its sbatch excluded
         # Where there are not enough nodes without the unfit ones, it goes on with any: they may be mended meanwhile
         self._goes_on = (
@@ -368,6 +375,20 @@ class Job:
         command = [*self._srun("--job-name=eval"), *self.plan["node_command"],
                    "-m", "launch.cli", "eval", str(self.run.path), "--nproc", str(self.plan["processes"])]  # fmt: skip
         return subprocess.run(command).returncode
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """What `read` returns; tried again for ten minutes where a file system is away."""
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(5)
 
 
 def _outcomes(folder: Path) -> list[dict[str, Any]]:

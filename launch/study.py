@@ -52,7 +52,10 @@ class StudyRunner:
     def run(self) -> int:
         """Returns 0 when all runs are finished, 75 when they saved and are to be continued, 1 when some failed."""
         done = [c for c in self.cells if c.finished()]
-        waiting = [(n, c) for n, c in enumerate(self.cells, 1) if not c.finished()]
+        unfinished = [(n, c) for n, c in enumerate(self.cells, 1) if not c.finished()]
+        waiting = [(n, c) for n, c in unfinished if not c.submitted()]
+        if len(waiting) < len(unfinished):
+            self._say(f"{len(unfinished) - len(waiting)} runs were submitted to SLURM, and are left to it")
         if done:
             self._say(f"{len(done)} of {len(self.cells)} runs are finished already")
         running: list[_Training] = []
@@ -60,6 +63,8 @@ class StudyRunner:
             while running or (waiting and not self._ending()):
                 while waiting and len(running) < self.jobs and not self._ending():
                     running.append(self._start(*waiting.pop(0)))
+                    if self._signal is not None:  # told while it was started: nobody else has heard of it
+                        running[-1].process.send_signal(signal.SIGTERM)
                 time.sleep(_POLL_SECONDS)
                 for training in [t for t in running if t.process.poll() is not None]:
                     running.remove(training)
@@ -122,7 +127,7 @@ class StudyRunner:
             best = read_history(cell.run.path).best()
             what = f"best top-1 {best.values['top1']:.2%} at step {best.step:,}" if best else "no evaluation"
             self._say(f"{head}: finished in {took}, {what}")
-        elif code == EXIT_SAVED:
+        elif code == EXIT_SAVED or (self._signal is not None and code == -signal.SIGTERM):  # before it could listen
             self._saved = True
             self._say(f"{head}: saved")
         else:

@@ -109,6 +109,8 @@ class Host:
             "MIXER_MAX_FRUITLESS": str(self.max_restarts),
         }
         self._agent = Agent(self.arguments, self.command, self.nproc, environment)
+        if self._left:  # told while it was started
+            self._agent.send_signal(signal.SIGTERM)
         idle_since: float | None = None
         while not self._agent.ended(within=1.0):
             last, now = self._agent.codes()[-1:], time.monotonic()

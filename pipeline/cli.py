@@ -30,7 +30,9 @@ from pipeline.takeover import take_over_run
 if TYPE_CHECKING:
     from pipeline.parallel.world import World
 
-_LASTING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_LASTING = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT,
+}  # fmt: skip
 
 
 class FolderTrouble(UserError):

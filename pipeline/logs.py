@@ -70,7 +70,7 @@ class StartLogs:
                         "rank": rank,
                         "pid": os.getpid(),
                         "exit_code": exit_code,
-                        "exception": type(error).__name__,
+                        "exception": "UserError" if isinstance(error, UserError) else type(error).__name__,
                         "message": str(error),
                         "traceback": _traceback(error),
                         "advice": advice(error),

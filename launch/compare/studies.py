@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,7 +169,8 @@ def _run(
     settle(plan, cells, out)
     if prepare:
         for cell in cells:
-            typer.echo(f"mixer launch slurm {config_file(out, cell.name)} --nodes NODES --gpus-per-node GPUS")
+            file = shlex.quote(str(config_file(out, cell.name)))
+            typer.echo(f"mixer launch slurm {file} --nodes NODES --gpus-per-node GPUS")
         typer.echo(f"\nwhen they are finished, the table and the picture: mixer compare {plan.study} --out {out}")
         return
     code = run_study(cells, out, jobs, nproc, tell)

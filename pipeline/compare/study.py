@@ -92,6 +92,10 @@ class Cell:
     def finished(self) -> bool:
         return self.run.finished.exists()
 
+    def submitted(self) -> bool:
+        """Was it given to SLURM?"""
+        return (self.run.path / "launch" / "submission.json").exists()
+
 
 def parse_models(given: Sequence[str]) -> dict[str, list[str]]:
     """NAME="RECIPE key=value ..." or a recipe's name alone -> name -> recipe and settings. Raises UserError."""
@@ -220,10 +224,10 @@ def settle(plan: Plan, cells: Sequence[Cell], out: Path) -> None:
                 f"{out} holds this study with other options: {'; '.join(differences)}. "
                 "Set them back (without options it goes on as it was), or give another --out"
             )
+    if before is None:  # first: a folder that holds more than a lock, and no study, is taken for something else
+        replace_file(out / "study.json", plan.to_json())
     for cell in cells:
         replace_file(config_file(out, cell.name), to_yaml(cell.config))
-    if before is None:
-        replace_file(out / "study.json", plan.to_json())
 
 
 def config_file(out: Path, name: str) -> Path:

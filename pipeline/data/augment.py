@@ -71,14 +71,12 @@ class TrainTransform:
 
     def choose(self, u: np.ndarray, height: int, width: int) -> Crop:
         """The part that is wanted of an image of this size."""
-        if self.crop != "inception":
-            box = 0, 0, height, width
-        else:
-            box = self.crop_box(height, width, u)
+        whole = self.crop != "inception"
+        box = (0, 0, height, width) if whole else self.crop_box(height, width, u)
         # Half of the image and less is decoded sooner alone than all of it at a fraction
         alone = self.region and 2 * box[2] * box[3] < height * width
         smaller = (f for f in (8, 4, 2) if min(box[2:]) >= f * self.size)
-        return Crop(*box, next(smaller, 1) if self.scaled and not alone else 1, self.region)
+        return Crop(*box, next(smaller, 1) if self.scaled and not alone else 1, self.region and not whole, whole)
 
     def finish(
         self, pixels: np.ndarray, u: np.ndarray, epoch: int, sample_id: int, out: torch.Tensor | None = None

@@ -27,7 +27,7 @@ class Crop(NamedTuple):
     """The part of an image that is wanted, in pixels of the whole one.
 
     factor: 1, 2, 4 or 8; a JPEG may be decoded at that fraction of its size, rounded up: the decoder then leaves out
-    the high frequencies. region: the rest of a JPEG need not be decoded at all (see `region`).
+    the high frequencies. region: the rest of a JPEG need not be decoded at all (see `region`). whole: all of it.
     """
 
     top: int
@@ -36,9 +36,12 @@ class Crop(NamedTuple):
     width: int
     factor: int = 1
     region: bool = False
+    whole: bool = False
 
     def cut(self, pixels: np.ndarray, factor: int = 1) -> np.ndarray:
         """This part of the image, whose `pixels` are those of 1/`factor` of its size."""
+        if self.whole:
+            return pixels
         first = round(self.top / factor), round(self.left / factor)
         last = round((self.top + self.height) / factor), round((self.left + self.width) / factor)
         return pixels[first[0] : last[0], first[1] : last[1]]

@@ -276,7 +276,7 @@ def test_jpegs_are_decoded_at_a_fraction_of_their_size(factor, height, width):
 @given(st.integers(0, 2**40), st.integers(1, 3000), st.integers(1, 3000))
 def test_a_crop_never_has_to_grow_because_of_the_fraction(sample, height, width):
     t = TrainTransform(100, seed=0, scaled=True)
-    _, _, h, w, factor, _ = t.choose(t.draw(0, sample), height, width)
+    _, _, h, w, factor, *_ = t.choose(t.draw(0, sample), height, width)
     assert factor == 1 or min(h, w) >= factor * 100
     assert factor == 8 or min(h, w) < 2 * factor * 100
 
@@ -351,3 +351,10 @@ def test_small_crops_are_decoded_alone_and_large_ones_at_a_fraction(sample, heig
         assert crop == TrainTransform(50, seed=0, scaled=True).choose(t.draw(0, sample), height, width)._replace(
             region=True
         )
+
+
+@pytest.mark.parametrize("height, width", [(401, 603), (400, 601)])
+def test_a_whole_image_decoded_at_a_fraction_loses_no_edge(height, width):
+    t = TrainTransform(50, seed=0, crop="resize", scaled=True, region=True)
+    pixels = decode_image(jpeg_of(height, width), 3, functools.partial(t.choose, t.draw(0, 1)))
+    assert pixels.shape == (-(-height // 8), -(-width // 8), 3)

@@ -38,6 +38,7 @@ def timing(name: str, inference: list[float], training: list[float]) -> Timing:
     )
 
 
+@pytest.mark.slow
 def test_a_model_a_hundred_times_larger_is_slower_and_training_slower_than_inference(world) -> None:
     candidates = [Candidate.parse(text, 224) for text in (TINY, LARGER)]
     told: list[str] = []

@@ -59,7 +59,9 @@ def train_apart(run: Path, bad: str, *settings: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("fsdp", "zero2", "zero3"))]
+)
 def test_a_sick_step_changes_nothing(tmp_path, strategy):
     """Steps 1 to 3, the last one sick: weights, moments and the count of updates are those of 2 steps."""
     settings = (f"train.strategy={strategy}", "checkpoint.every=1 steps", "scheduler.name=constant")
@@ -210,6 +212,7 @@ sys.exit(train(Path(sys.argv[1]), "checkpoint.every=1 steps", "health.timeout=4 
 """
 
 
+@pytest.mark.slow
 def test_a_slow_save_is_no_hang(tmp_path):
     done = subprocess.run(script(SLOW_SAVE, tmp_path / "run"), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr

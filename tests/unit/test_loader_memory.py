@@ -150,7 +150,7 @@ raise SystemExit(3)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-@pytest.mark.parametrize("restarts", [0, 3])
+@pytest.mark.parametrize("restarts", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_an_evaluation_survives_a_lost_worker(folder, monkeypatch, restarts):
     """Its batches are made again; a rank that loses too many goes on to the end, and says so."""
     monkeypatch.setattr("pipeline.data.loader.MAX_RESTARTS", restarts)

@@ -68,6 +68,7 @@ def test_the_largest_that_fits_is_found_and_remembered(tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_what_fits_the_smallest(tmp_path):
     run, port = tmp_path / "run", str(free_port())
     ranks = [
@@ -93,6 +94,7 @@ def test_another_size_of_memory_is_tried_again(world, monkeypatch):
     assert micro_batch._facts(config, world, 16) == here | {"memory_gib": 3}
 
 
+@pytest.mark.slow
 def test_a_trial_ends_with_its_training(tmp_path):
     """Also one that stands still, as in a collective."""
     command = limited(tmp_path / "run", 700, TMPDIR=str(tmp_path))

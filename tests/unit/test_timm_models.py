@@ -107,6 +107,7 @@ BIT = ["model.name=timm/resnetv2_50x1_bit", "model.image_size=32", "model.hidden
 NONE = [f"model.{k}=null" for k in ("patch_size", "tokens_mlp_dim", "channels_mlp_dim")]
 
 
+@pytest.mark.slow
 def test_a_run_of_a_bit_is_trained_resumed_evaluated_and_probed(tmp_path, capsys):
     run = tmp_path / "run"
     settings = [*NONE, *BIT, "train.duration=2 steps", "train.global_batch_size=4", "checkpoint.every=1 steps"]

@@ -428,6 +428,7 @@ def test_a_save_that_failed_is_tried_again_before_the_next_is_due(tmp_path, monk
     assert_same_run(tmp_path / "run", reference)
 
 
+@pytest.mark.slow
 def test_a_save_that_is_too_slow_warns_and_the_next_one_waits(tmp_path, monkeypatch, reference, capsys):
     from pipeline.checkpoint import manager
 
