@@ -18,7 +18,7 @@ from data_tools.errors import UserError
 from launch.processes import ELASTIC, Agent, Outcome, torchrun_arguments
 from launch.progress import saved_step
 from pipeline.checkpoint.place import checkpoint_root
-from pipeline.cli import EXIT_SAVED
+from pipeline.cli import EXIT_SAVED, FolderTrouble
 from pipeline.config import Config, Duration
 from pipeline.logs import LOGS
 from pipeline.run import RunFolder
@@ -113,8 +113,10 @@ class Host:
             self._agent.send_signal(signal.SIGTERM)
         idle_since: float | None = None
         while not self._agent.ended(within=1.0):
-            last, now = self._agent.codes()[-1:], time.monotonic()
-            if last == [UserError.exit_code]:  # torchrun would start again what a restart cannot mend
+            codes, now = self._agent.codes(), time.monotonic()
+            last, most = codes[-1:], self.nproc * (self.max_restarts + 1)
+            silent = len(codes) >= most and set(codes[-most:]) == {FolderTrouble.exit_code}
+            if last == [UserError.exit_code] or silent:  # torchrun would start again what a restart cannot mend
                 if not self._agent.ended(within=_ALL_HAVE_SAID_IT):
                     self._agent.send_signal(signal.SIGTERM)
                 break
