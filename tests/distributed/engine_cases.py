@@ -294,10 +294,12 @@ class Session:
 
 @contextmanager
 def session(world: World, spec: Spec) -> Iterator[Session]:
+    linear = nn.functional.linear
     made = Session(world, spec)
     try:
         yield made
     finally:
+        nn.functional.linear = linear  # DeepSpeed's zero3 leaves its own in place, for whatever comes afterwards
         made.close()
         del made
         gc.collect()

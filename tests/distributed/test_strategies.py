@@ -127,10 +127,20 @@ def test_without_clipping_and_accumulation(ranks, strategy: str) -> None:
     assert abs(plain.losses[-1] - reference().losses[-1]) > 1e-4, "clipping made no difference to be seen"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
-def test_activation_checkpointing_changes_nothing(ranks, strategy: str) -> None:
+@pytest.mark.parametrize(
+    "strategy, kind",
+    [
+        ("ddp", "block"),
+        ("fsdp", "block"),
+        ("zero3", "block"),
+        ("ddp", "selective"),
+        ("fsdp", "selective"),
+        ("zero2", "selective"),
+    ],
+)
+def test_activation_checkpointing_changes_nothing(ranks, strategy: str, kind: str) -> None:
     plain = ranks(2).run(cases.train, Spec(strategy), None, STEPS)[0]
-    recomputed = ranks(2).run(cases.train, Spec(strategy, activation_checkpointing="block"), None, STEPS)[0]
+    recomputed = ranks(2).run(cases.train, Spec(strategy, activation_checkpointing=kind), None, STEPS)[0]
     assert recomputed.losses == plain.losses
 
 

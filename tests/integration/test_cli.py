@@ -126,6 +126,7 @@ def test_eval_of_an_average_that_is_not_kept(finished: Path) -> None:
     assert "train.ema_decay" in complaint(mixer("eval", finished, "data.val=synthetic", "--ema"))
 
 
+@pytest.mark.slow
 def test_eval_is_the_same_on_any_number_of_ranks(finished: Path) -> None:
     alone = mixer("eval", finished, "data.val=synthetic")
     assert alone.returncode == 0, alone.stderr
@@ -134,12 +135,14 @@ def test_eval_is_the_same_on_any_number_of_ranks(finished: Path) -> None:
     assert found in mixer("eval", finished, "data.val=synthetic", "--nproc", "3").stdout
 
 
+@pytest.mark.slow
 def test_more_ranks_than_the_batch(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     text = complaint(mixer("train", recipe, *TINY, "train.global_batch_size=2", f"run.dir={run}", "--nproc", "3"))
     assert "3 ranks" in text and "train.global_batch_size=2" in text
 
 
+@pytest.mark.slow
 def test_zero_without_deepspeed(recipe: Path, tmp_path: Path) -> None:
     block = {"PYTHONPATH": str(HERE / "no_deepspeed")}
     text = complaint(mixer("train", recipe, *TINY, "train.strategy=zero2", f"run.dir={tmp_path / 'zero'}", **block))

@@ -78,6 +78,7 @@ def test_launcher_agent_and_terminal(
     assert_same_run(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_an_evaluation_leaves_the_training_of_its_run_alone(tmp_path: Path) -> None:
     """Neither does it take back what `mixer stop` asked for, nor does its Ctrl-C ask the training to stop."""
     run = RunFolder(tmp_path / "run")

@@ -121,6 +121,7 @@ def test_a_run_is_watched_frozen_killed_stopped_and_resumed(
     assert "FINISHED" in table and f"{LONG}/{LONG}" in table
 
 
+@pytest.mark.slow
 def test_stop_now_ends_a_hanging_run_and_nothing_starts_again(tmp_path: Path, start: Start) -> None:
     run = tmp_path / "run"
     training = start(run)
