@@ -73,7 +73,7 @@ def run_training(config: Config, allow: set[str], logs: StartLogs | None = None,
             except UserError as e:
                 problem = str(e)
             except OSError as e:
-                problem, kind = str(e), UserError if e.errno in _LASTING else FolderTrouble
+                problem, kind = str(e) or repr(e), UserError if e.errno in _LASTING else FolderTrouble
         problem, kind = world.broadcast((problem, kind))
         if problem:
             raise kind(problem)

@@ -62,7 +62,9 @@ def scaling(
     from pipeline.compare.scaling import FRACTIONS, on_share, parse_fractions, report_scaling
 
     asked = _Asked("scaling", study, overrides, models, shots, parse_fractions(fractions) if fractions else None)
-    _run(asked.plan(out, FRACTIONS), out, on_share, report_scaling, jobs, nproc, prepare)
+    plan = asked.plan(out, FRACTIONS)
+    plan = replace(plan, conditions=parse_fractions(",".join(plan.conditions)))  # a file's may be numbers
+    _run(plan, out, on_share, report_scaling, jobs, nproc, prepare)
 
 
 def permutation(

@@ -29,7 +29,7 @@ def parse_fractions(text: str) -> list[str]:
         try:
             shares[parse_share(share)] = share
         except ValueError:
-            raise UserError(f"--fractions {text}: {word!r} is no percentage; write for example 3,10,30,100") from None
+            raise UserError(f"fractions {text}: {word!r} is no percentage; write for example 3,10,30,100") from None
     return [shares[v] for v in sorted(shares)]
 
 

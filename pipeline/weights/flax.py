@@ -87,6 +87,10 @@ def read_npz(file: Path | BinaryIO, where: str) -> tuple[dict[str, Tensor], list
     Raises:
         UserError: not an npz file, one that needs pickle, or one that holds no Mixer.
     """
+    if not zipfile.is_zipfile(file):  # numpy would take it for a pickle, and advise to load that
+        raise UserError(f"{where} is no npz file: damaged, cut short, or something else. Fetch it again")
+    if not isinstance(file, Path):
+        file.seek(0)
     try:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}

@@ -9,6 +9,7 @@ import pytest
 from helpers import TINY_MODEL, members, shards_of, write_dataset
 
 from data_tools.errors import UserError
+from launch.compare.studies import scaling
 from pipeline.compare.permutation import CONDITIONS, with_permutation
 from pipeline.compare.scaling import on_share, parse_fractions
 from pipeline.compare.study import AXIS, Cell, Plan, config_file, make_cells, parse_models, read_study, settle
@@ -164,3 +165,16 @@ def test_a_model_without_patches_gets_the_permutation_of_one_with(tmp_path, data
     assert orders[0] is None and orders[3] is None
     assert np.array_equal(orders[1], orders[4]) and np.array_equal(orders[2], orders[5])
     assert not np.array_equal(orders[1], orders[2])
+
+
+def test_fractions_of_a_study_file_may_be_numbers(tmp_path, data, capsys):
+    path = tmp_path / "s.yaml"
+    small = "scheduler.warmup=1 steps, train.global_batch_size=4, train.micro_batch_size=4"
+    path.write_text(f"study: scaling\nmodels: {{A: [digits]}}\nfractions: [100, 50, 10]\nsettings: [{small}]")
+    scaling(str(path), [f"data.train={data}"], tmp_path / "out", prepare=True)
+    assert [line.split("/")[-1].split()[0] for line in capsys.readouterr().out.splitlines()[:3]] == [
+        "A-10pct.yaml", "A-50pct.yaml", "A-100pct.yaml",
+    ]  # fmt: skip
+    path.write_text("study: scaling\nmodels: {A: [digits]}\nfractions: [a lot]")
+    with pytest.raises(UserError, match="'alot' is no percentage"):
+        scaling(str(path), [f"data.train={data}"], tmp_path / "other", prepare=True)

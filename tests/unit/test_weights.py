@@ -194,6 +194,12 @@ def test_nothing_is_unpickled(tmp_path):
     np.savez(tmp_path / "w.npz", a=np.array([{}], dtype=object))
     with pytest.raises(UserError, match="plain arrays"):
         import_weights(str(tmp_path / "w.npz"), tmp_path / "out")
+    whole = (tmp_path / "w.npz").read_bytes()
+    for name, damaged in (("cut.npz", whole[:-40]), ("other.npz", b"no npz at all"), ("pickle.npz", pickle.dumps({}))):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=r"is no npz file: damaged, cut short") as e:
+            import_weights(str(tmp_path / name), tmp_path / "out")
+        assert "allow_pickle" not in str(e.value)
     np.savez(tmp_path / "resnet.npz", **{"conv_root/kernel": np.zeros(3)})
     with pytest.raises(UserError, match=r"holds no Mixer.*conv_root"):
         import_weights(str(tmp_path / "resnet.npz"), tmp_path / "out")
