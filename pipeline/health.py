@@ -42,6 +42,7 @@ class Watchdog:
         self.pulse = pulse or Pulse(None)
         self._beat = time.monotonic()
         self._paused = False
+        self.round_s = min(timeout / 4, 5.0)  # how long one of `rounds` may take
         self._over = threading.Event()
         if enabled:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -61,13 +62,24 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self, state: str) -> Iterator[None]:
-        """While something slow has timeouts of its own: "loading", or "saving" (the wait for a save)."""
+        """While something slow has timeouts of its own: "loading"."""
         before, self._paused = self._paused, True
         try:
             with self.busy(state):
                 yield
         finally:
             self._paused = before
+
+    def rounds(self, limit: float) -> Iterator[None]:
+        """The rounds of a wait of all ranks for any of them; each has to meet the others in every round.
+
+        So a rank that is slow is no hang for `limit` seconds, and one that is lost is one at once.
+        """
+        until = time.monotonic() + limit
+        while True:
+            if time.monotonic() < until:
+                self.beat()
+            yield
 
     @contextlib.contextmanager
     def busy(self, state: str) -> Iterator[None]:

@@ -58,8 +58,9 @@ class Saves:
         self._begun_at = step
         engine, average, report = self._parts.engine, self._parts.average, self._report
         slow = self.saver.busy
-        with self._watchdog.paused("saving"):  # the one before may be slow
-            previous = self.saver.save(
+        previous, written = self._until_written(), None
+        with self._watchdog.busy("saving"):
+            self.saver.save(
                 step,
                 [*engine.owned(), *average.pieces()],
                 tensors=engine.tensors() | average.tensors(),
@@ -71,6 +72,8 @@ class Saves:
                     "best": self._parts.config.checkpoint.best,
                 },
             )
+        if not self._parts.config.checkpoint.background:
+            written = self._until_written()
         self._last, self._retry_at = time.monotonic(), math.inf
         stall = time.perf_counter() - started
         report.clock.stall += stall
@@ -81,6 +84,7 @@ class Saves:
                 f"training waited {stall:.1f} s: save less often, or to a faster disk"
             )
         self._book(previous)
+        self._book(written)
 
     def look(self) -> None:
         """Takes note of a save that has ended since the last look."""
@@ -88,9 +92,17 @@ class Saves:
 
     def wait(self) -> None:
         """Until no save is in flight; how the last one ended is noted."""
-        with self._watchdog.paused("saving"):
-            result = self.saver.wait()
-        self._book(result)
+        self._book(self._until_written())
+
+    def _until_written(self) -> SaveResult | None:
+        """Waits until no rank's save is in flight."""
+        world, watchdog = self._parts.world, self._watchdog
+        with watchdog.busy("saving"):
+            for _ in watchdog.rounds(world.timeout_s):
+                [writing] = world.sum([not self.saver.ended_within(watchdog.round_s)])
+                if not writing:
+                    break
+        return self.saver.wait()
 
     def finish(self, step: int, save: Callable[[], None]) -> None:
         """Waits for the save of this step; has `save` called again where it failed.

@@ -114,16 +114,22 @@ class Trainer:
     def _next(self, feed: Feed) -> list[Batch] | None:
         """This step's micro-batches, once every rank has its own; None, after a save, where somebody wants to stop.
 
-        Until all have them nobody begins the step: so a rank that cannot read can end the run between two steps.
+        Until all have them nobody begins the step: so a rank that cannot read can end the run between two steps, and
+        one that is lost is told from one that reads.
 
         Raises:
             UserError: data could not be read, on whichever rank; the run is saved first.
         """
         started = time.perf_counter()
-        self._wait_for_data()
-        got = feed.next(give_up=lambda: self.flag.name is not None)
-        failure = got if isinstance(got, UserError) else None
-        stop, failed = self.world.sum([got is None, failure is not None])
+        got = None
+        for _ in self._watchdog.rounds(self._longest_read()):
+            if got is None:
+                got = feed.next(give_up=lambda: self.flag.name is not None, seconds=self._watchdog.round_s)
+            failure = got if isinstance(got, UserError) else None
+            gave_up = got is None and self.flag.name is not None
+            waiting, stop, failed = self.world.sum([got is None, gave_up, failure is not None])
+            if stop or failed or not waiting:
+                break
         self._watchdog.beat()
         self.report.clock.last_wait = time.perf_counter() - started
         self.report.clock.data_wait += self.report.clock.last_wait
@@ -184,7 +190,10 @@ class Trainer:
 
     def _wait_for_data(self) -> None:
         """The watchdog leaves the end of a wait to data.read_timeout; an index may be read before a sample."""
-        self._watchdog.beat(grace=2 * Duration.parse(self.config.data.read_timeout).seconds() + 60)
+        self._watchdog.beat(grace=self._longest_read())
+
+    def _longest_read(self) -> float:
+        return 2 * Duration.parse(self.config.data.read_timeout).seconds() + 60
 
     def _batches(self) -> Iterator[list[Batch]]:
         return train_batches(

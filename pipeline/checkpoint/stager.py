@@ -68,7 +68,8 @@ class Stager:
 class BackgroundSaver:
     """Saves through a `CheckpointManager` in a thread. Collective: every rank calls the same methods in step.
 
-    background=False writes the pieces themselves and waits: no copy in host memory, a loop that stands still.
+    background=False writes the pieces themselves, without a copy in host memory: the caller leaves them as they are
+    until the save has ended.
     """
 
     def __init__(self, manager: CheckpointManager, world: World, background: bool = True):
@@ -114,13 +115,17 @@ class BackgroundSaver:
         # A daemon: a rank that crashes must not wait in its exit for fellows that will never answer
         self._thread = threading.Thread(target=write, name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
-        if not self._background:
-            self._thread.join()
         return previous
 
     @property
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
+
+    def ended_within(self, seconds: float) -> bool:
+        """Waits so long for the save in flight, and says whether there is none any more."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return not self.busy
 
     def poll(self) -> SaveResult | None:
         """The result of a save that has ended since the last call."""

@@ -6,6 +6,7 @@ cannot mend is handed over between two steps, where the state can be saved.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import queue
 import threading
@@ -31,8 +32,11 @@ class Feed:
         self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
         self._thread.start()
 
-    def next(self, give_up: Callable[[], bool] = lambda: False) -> list[Batch] | UserError | None:
-        """One step's micro-batches; the error that keeps them away; None when `give_up` said so before they came.
+    def next(
+        self, give_up: Callable[[], bool] = lambda: False, seconds: float = math.inf
+    ) -> list[Batch] | UserError | None:
+        """One step's micro-batches; the error that keeps them away; None where neither came within `seconds`, or
+        before `give_up` said so: the next call waits for the same ones.
 
         Raises whatever else went wrong in the loader.
         """
@@ -40,14 +44,15 @@ class Feed:
         if not self._busy:
             self._wanted.put(True)
             self._busy = True
+        until = time.monotonic() + seconds
         while True:
             with suppress(queue.Empty):
-                got = self._got.get(timeout=_POLL)
+                got = self._got.get(timeout=min(_POLL, seconds))
                 self._busy = False
                 if isinstance(got, BaseException) and not isinstance(got, UserError):
                     raise got
                 return got
-            if give_up():
+            if give_up() or time.monotonic() >= until:
                 return None
 
     def close(self) -> None:

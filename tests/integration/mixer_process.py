@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -112,6 +113,22 @@ class Mixer:
             if parent == agent and f"RANK={number}".encode() in environment:
                 return pid
         raise AssertionError(f"rank {number} does not run:\n{self.output()}")
+
+    def worker(self, rank: int) -> int:
+        """The pid of a loader worker of a rank; waits for one that is just being started in a lost one's place."""
+        parent, found = self.rank(rank), []
+
+        def there() -> bool:
+            for pid in self.processes():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                    name = Path(f"/proc/{pid}/task/{pid}/comm").read_text().strip()
+                    if int(stat[1]) == parent and name == "pt_data_worker" and stat[0] != "Z":
+                        found.append(pid)
+            return bool(found)
+
+        assert poll(there, 30), self.processes()
+        return found[0]
 
     def kill(self) -> None:
         """SIGKILL to all processes of the command at once, until none is left."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -208,27 +207,13 @@ def launch(run: Path, data: Path, *extra: str, stretch: float = 0.01) -> Mixer:
     return Mixer(["launch", "local", *arguments, "--nproc", "2"], run.parent, stretch=stretch)
 
 
-def worker_of(mixer: Mixer, rank: int, seconds: float = 30) -> int:
-    """The pid of a loader worker of a rank; waits for one that is just being started in a lost one's place."""
-    parent, deadline = mixer.rank(rank), time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        for pid in mixer.processes():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                name = Path(f"/proc/{pid}/task/{pid}/comm").read_text().strip()
-                if int(stat[1]) == parent and name == "pt_data_worker" and stat[0] != "Z":
-                    return pid
-        time.sleep(0.02)
-    raise AssertionError(mixer.processes())
-
-
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_nothing_changes(tmp_path, data, undisturbed):
     run = tmp_path / "run"
     mixer = launch(run, data, stretch=0.03)
     for _ in range(2):
         wait_for_progress(mixer, run, 0, steps=current_step(run)[1] + 3)
-        os.kill(worker_of(mixer, 0), signal.SIGKILL)
+        os.kill(mixer.worker(0), signal.SIGKILL)
     assert mixer.wait() == 0, mixer.output()
     assert "starting the loader again" in mixer.output() and "Traceback" not in mixer.output()
     assert sum(e["event"] in ("start", "resume") for e in read_lines(RunFolder(run).events)) == 1
@@ -241,7 +226,7 @@ def test_a_worker_that_hangs_is_noticed_and_the_run_goes_on(tmp_path, data, undi
     run = tmp_path / "run"
     mixer = launch(run, data, "health.timeout=5 s", "data.read_timeout=0 s", stretch=0.03)
     wait_for_progress(mixer, run, 0)
-    os.kill(worker_of(mixer, 0), signal.SIGSTOP)
+    os.kill(mixer.worker(0), signal.SIGSTOP)
     assert mixer.wait(240) == 0, mixer.output()
     assert "no step for" in mixer.output()
     assert_same_run(run, undisturbed, STEPS)

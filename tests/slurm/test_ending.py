@@ -114,7 +114,7 @@ def test_a_node_out_of_reach(slurm, digits, tmp_path, was_down, notices):
     """The network parts one node from the others. SLURM gives it up; or, where SLURM is slow to (five minutes by
     default), the watchdog ends the step, the preflight names the node and the next job does without it."""
     if notices == "watchdog":
-        slurm.set("SlurmdTimeout", 150)
+        slurm.set("SlurmdTimeout", 300)
     with Training(slurm, tmp_path / "run", digits, stretch=0.2) as training:
         settings = ["launch.nodes=2-3", "launch.nproc=1", "health.timeout=20 s"]
         [job] = training.launch(*settings, options=["--time", "30"])
