@@ -123,7 +123,11 @@ def reshard(
     ] = None,
     split: Annotated[list[str] | None, typer.Option(help="Take only this split; repeatable.")] = None,
     classes: Annotated[
-        str, typer.Option(help="Keep only these classes, numbered anew: names with commas, or @FILE.")
+        str,
+        typer.Option(
+            help="Keep only these classes, numbered anew: names with commas, or @FILE. Samples with no label, or with "
+            "several, are left out."
+        ),
     ] = "",
     subset: Annotated[
         str, typer.Option(help="Keep this fraction, by hash of key; small ones lie in large ones.")

@@ -53,7 +53,8 @@ class ReshardOptions:
     - shard_size: bytes a tar may take; max_samples: samples a tar may hold, 0 for no limit.
     - order: `source` keeps it, set after set; `shuffled` mixes all, by hash of key and seed.
     - val_fraction: pool all splits and split anew, by hash of key and seed; None keeps the splits.
-    - splits: take only these; classes: keep only these, numbered anew in this order.
+    - splits: take only these; classes: keep only these, numbered anew in this order; samples without a label, or
+      with several, are left out.
     - subset: keep this fraction, by hash of the key: 3% is inside 10% is inside 30%.
     - min_side: pixels the shorter side needs; keys: keep only these; drop_keys: leave these out.
     - duplicates: what to do with a key that came before: `error`, `drop` or `rename`.
