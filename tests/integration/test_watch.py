@@ -147,6 +147,7 @@ def test_stop_now_reaches_ranks_that_cannot_be_killed_from_here(tmp_path: Path, 
     assert "ends at once, as `mixer stop --now` asked" in training.output()
 
 
+@pytest.mark.slow
 def test_stop_and_resume_without_a_launcher(tmp_path: Path) -> None:
     """One process; the wish to stop of the day before does not stop the next start."""
     run = tmp_path / "run"

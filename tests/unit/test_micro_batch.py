@@ -50,6 +50,7 @@ def test_small_models_are_not_tried(tmp_path):
     assert found(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_the_largest_that_fits_is_found_and_remembered(tmp_path):
     run = tmp_path / "run"
     first = subprocess.run(limited(run, 700), capture_output=True, text=True, timeout=300)
