@@ -1,6 +1,6 @@
 """Saving beside training: the loop waits only for a copy into host memory, a thread writes and commits.
 
-One save is in flight at most; the next one waits for it rather than piling up. The thread talks to its fellows on
+One save is in flight at most; before the next one its end is waited for. The thread talks to its fellows on
 other ranks through a process group of its own, so it never meets the training's collectives.
 """
 
@@ -24,7 +24,7 @@ _ALIGNMENT = 64  # bytes: every piece starts on a cache line
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How a save ended. `stall` is what the loop waited, `seconds` the whole; `error` None when committed."""
+    """How a save ended. `stall` is what the copy took of the loop, `seconds` the whole; `error` None when committed."""
 
     step: int
     stall: float
@@ -90,13 +90,14 @@ class BackgroundSaver:
         if self._background:
             self._stager.stage(pieces)
 
-    def save(self, step: int, pieces: Iterable[Piece], **rest: Any) -> SaveResult | None:
-        """Stages, and returns while the rest is written. Returns the previous save's result if it had to wait for it.
+    def save(self, step: int, pieces: Iterable[Piece], **rest: Any) -> None:
+        """Stages, and returns while the rest is written. The save before it has to have been waited for.
 
         `rest` is passed on to `CheckpointManager.save`.
         """
         started = time.perf_counter()
-        previous = self.wait()
+        if self._thread is not None:
+            raise RuntimeError("a save is in flight, or its result was not taken")
         staged = self._stager.stage(pieces) if self._background else list(pieces)
         stall = time.perf_counter() - started
 
@@ -115,7 +116,6 @@ class BackgroundSaver:
         # A daemon: a rank that crashes must not wait in its exit for fellows that will never answer
         self._thread = threading.Thread(target=write, name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
-        return previous
 
     @property
     def busy(self) -> bool:
