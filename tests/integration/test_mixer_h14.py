@@ -52,6 +52,7 @@ def mixer(*arguments: object) -> tuple[float, int]:
     over.set()
     watcher.join()
     assert process.returncode == 0, output
+    assert "restarting from" not in output, output  # 18 GiB beside other processes: most often killed for memory
     return time.monotonic() - begin, most
 
 
