@@ -6,6 +6,7 @@ two lines; anything else does too, unless `--debug` asks for the traceback.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -383,6 +384,7 @@ def main() -> None:
         os.environ["MIXER_DEBUG"] = "1"  # for the training processes
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if under_torchrun:
+        faulthandler.enable()  # a crash in a native library leaves its stack in the rank's log
         from launch.processes import die_with_parent, show_presence
 
         die_with_parent()

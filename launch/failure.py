@@ -16,7 +16,7 @@ _NO_FAILURE = {-signal.SIGTERM, 75}  # how torchrun ends the others once one has
 _SIGNALS = {
     signal.SIGKILL: "most often the kernel or SLURM, for memory: `dmesg | grep -i kill` on that node, `sacct -j JOB "
     "-o MaxRSS`; lower data.num_workers or ask for more memory",
-    signal.SIGSEGV: "a bug in a native library or a broken GPU: run once with PYTHONFAULTHANDLER=1",
+    signal.SIGSEGV: "a bug in a native library or a broken GPU: the rank's log shows where it was",
     signal.SIGABRT: "a native library gave up: its last words are in the log; with NCCL, look for an earlier error",
     signal.SIGBUS: "/dev/shm is full, or a file it had mapped got shorter: `df -h /dev/shm`",
 }

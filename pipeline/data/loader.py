@@ -21,7 +21,7 @@ from pipeline.data.augment import EvalTransform, TrainTransform, keep_mask
 from pipeline.data.mixup import MixUp
 from pipeline.data.order import Order, key, rank_slots
 from pipeline.data.source import BadSample, SampleSource
-from pipeline.data.workers import MAX_RESTARTS, is_lost_worker, make_loader, silence_lost_workers
+from pipeline.data.workers import MAX_RESTARTS, is_lost_worker, make_loader, silence_lost_workers, start
 
 PADDING = -1
 
@@ -237,7 +237,7 @@ def train_batches(
     rows = share.micro_batch_size + (2 if mixup else 0)
     held = 2 * share.micro_steps  # this step's and, while it is fetched, the last's
     ahead = share.read_ahead(num_workers)
-    batches = iter(make_loader(samples, requests, rows, held, num_workers, ahead, pin_memory))
+    batches = start(make_loader(samples, requests, rows, held, num_workers, ahead, pin_memory))
     while True:
         step = [next(batches) for _ in range(share.micro_steps)]
         failure = next((b.failure for b in step if b.failure), None)
@@ -291,7 +291,7 @@ class EvalBatches:
         loader, done, losses = self._loader, 0, 0
         while done < len(self):
             try:
-                batches = iter(loader)
+                batches = start(loader)
                 silence_lost_workers()
                 for batch in batches:
                     done += 1

@@ -6,11 +6,16 @@ them, and all else travels by value (as tensors, a few numbers would each take a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import math
+import mmap
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
@@ -18,11 +23,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pipeline.data.buffers import BufferPool, received
 
 MAX_RESTARTS = 3  # of a loader whose workers are lost
+START_SECONDS = 60.0  # until a forked worker is ready; it takes milliseconds
 
 
 def is_lost_worker(e: BaseException) -> bool:
@@ -63,7 +69,7 @@ def make_loader(
     dataset: Any = samples
     if num_workers:
         pool = BufferPool(num_workers * ahead + held, math.prod(samples.image_shape(rows)))
-        dataset, requests = _Remote(samples, pool), _Lend(requests, pool)
+        dataset, requests = _Remote(samples, pool, num_workers), _Lend(requests, pool)
     return DataLoader(
         dataset,
         batch_size=None,  # a request is a whole batch
@@ -79,6 +85,31 @@ def make_loader(
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def start(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches, once every worker is ready.
+
+    A worker inherits the locks of the training process' libraries as they stand at the fork; one that another thread
+    held then is never released in it. So a worker that does not become ready is a lost one.
+
+    Raises:
+        RuntimeError: such a worker, in a DataLoader's words for a lost one. Its stack is on stderr.
+    """
+    batches = iter(loader)
+    if loader.num_workers:
+        ready = loader.dataset.ready  # type: ignore[attr-defined]
+        waiting = dict(enumerate(batches._workers))  # type: ignore[attr-defined]
+        until = time.monotonic() + START_SECONDS
+        while waiting := {i: w for i, w in waiting.items() if not ready[i] and w.is_alive()}:
+            if time.monotonic() > until:
+                for worker in waiting.values():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker.pid, signal.SIGABRT)  # faulthandler tells where it stands
+                numbers = ", ".join(str(w.pid) for w in waiting.values())
+                raise RuntimeError(f"DataLoader worker (pid(s) {numbers}) did not start within {START_SECONDS:g} s")
+            time.sleep(0.002)
+    return batches
 
 
 class _Parcel:
@@ -100,8 +131,9 @@ def _unpack(kind: Any, images: Any, *rest: Any) -> Any:
 class _Remote(Dataset):
     """The samples as workers have them."""
 
-    def __init__(self, samples: BatchMaker, pool: BufferPool):
+    def __init__(self, samples: BatchMaker, pool: BufferPool, num_workers: int):
         self.samples, self.pool = samples, pool
+        self.ready = mmap.mmap(-1, num_workers)  # shared: a byte that each worker sets
 
     def __getitem__(self, request: Any) -> _Parcel:
         shape = self.samples.image_shape(len(request.ids))
@@ -136,6 +168,12 @@ class _Forked(Popen):
 class _Process(ForkProcess):
     _Popen = staticmethod(_Forked)  # type: ignore[assignment]
 
+    def _bootstrap(self, *args: Any, **options: Any) -> int:
+        """The first thing in the worker. What it inherited is never its garbage: collecting it would copy every page
+        that holds an object, and run destructors that wait for threads which only the training process has."""
+        gc.freeze()
+        return super()._bootstrap(*args, **options)  # type: ignore[misc]
+
 
 class _Fork(ForkContext):
     """Workers are forked, so that they have the loader's buffers."""
@@ -148,3 +186,5 @@ def _start_worker(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()  # even while it reads, or is stopped
+    me: Any = get_worker_info()
+    me.dataset.ready[worker] = 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,35 @@ def test_a_consumer_that_stops_early_leaves_no_process(tmp_path):
     assert isinstance(again, list) and np.array_equal(again[0].images, first[0].images)
     feed.close()
     assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_does_not_start_is_lost_and_the_loader_made_anew(tmp_path, monkeypatch):
+    """As one that inherited a lock which nobody will release."""
+    from pipeline.data import workers
+    from pipeline.data.augment import TrainTransform
+    from pipeline.data.loader import Share, TrainSamples, train_batches
+    from pipeline.data.order import SampleOrder
+    from pipeline.data.synthetic import SyntheticSource
+
+    def hang_once() -> None:
+        with suppress(FileExistsError):
+            (tmp_path / "hung").touch(exist_ok=False)
+            faulthandler.disable()  # its stack would look like a failure among the tests' output
+            time.sleep(600)
+
+    monkeypatch.setattr(workers, "START_SECONDS", 1.0)
+    monkeypatch.setattr(workers, "die_with_parent", hang_once)
+    samples = TrainSamples(
+        SyntheticSource("train", image_size=8, num_classes=3), TrainTransform(8, 0), channels=3, num_classes=3
+    )
+    order = SampleOrder([64], manifest_sha="", seed=0, global_batch_size=BATCH)
+    share, said = Share.of(0, 1, BATCH, None), []
+    feed = Feed(lambda: train_batches(samples, order, share, num_workers=2), said.append)
+    got = feed.next()
+    feed.close()
+    assert len(said) == 1 and "did not start within 1 s" in said[0] and "starting the loader again" in said[0]
+    expected = next(train_batches(samples, order, share, num_workers=0))
+    assert isinstance(got, list) and np.array_equal(got[0].images, expected[0].images)
 
 
 def test_a_feed_closed_while_it_waits_makes_no_new_loader():
