@@ -1,6 +1,6 @@
 """Saving as the training loop sees it: begun at a step, booked when it has ended, tried again where it failed.
 
-What is written and how is `pipeline.checkpoint`'s; that a failed or slow save never ends a training is this file's.
+What is written and how is `pipeline.checkpoint`'s; that a failed or slow save does not end a training is this file's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pipeline.parts import Parts
 from pipeline.report import Report
 
 RETRY_SAVE_SECONDS = 60.0
+LONGEST_SAVE = 4  # times a collective's timeout: so many stages of a save wait for each other. Then it hangs
 
 
 class Saves:
@@ -98,7 +99,7 @@ class Saves:
         """Waits until no rank's save is in flight."""
         world, watchdog = self._parts.world, self._watchdog
         with watchdog.busy("saving"):
-            for _ in watchdog.rounds(world.timeout_s):
+            for _ in watchdog.rounds(LONGEST_SAVE * world.timeout_s):
                 [writing] = world.sum([not self.saver.ended_within(watchdog.round_s)])
                 if not writing:
                     break

@@ -126,8 +126,8 @@ class Trainer:
             if got is None:
                 got = feed.next(give_up=lambda: self.flag.name is not None, seconds=self._watchdog.round_s)
             failure = got if isinstance(got, UserError) else None
-            gave_up = got is None and self.flag.name is not None
-            waiting, stop, failed = self.world.sum([got is None, gave_up, failure is not None])
+            self._look_for_stop()
+            waiting, stop, failed = self.world.sum([got is None, self.flag.name is not None, failure is not None])
             if stop or failed or not waiting:
                 break
         self._watchdog.beat()
@@ -142,7 +142,7 @@ class Trainer:
             raise type(failure)(
                 f"{failure}; saved at step {self.step}: when that is mended, `mixer resume {self.run.path}`"
             )
-        if stop:
+        if waiting:
             self._save()
             return None
         assert isinstance(got, list)

@@ -96,19 +96,20 @@ def start(loader: DataLoader) -> Iterator[Any]:
     Raises:
         RuntimeError: such a worker, in a DataLoader's words for a lost one. Its stack is on stderr.
     """
-    batches = iter(loader)
-    if loader.num_workers:
-        ready = loader.dataset.ready  # type: ignore[attr-defined]
-        waiting = dict(enumerate(batches._workers))  # type: ignore[attr-defined]
-        until = time.monotonic() + START_SECONDS
-        while waiting := {i: w for i, w in waiting.items() if not ready[i] and w.is_alive()}:
-            if time.monotonic() > until:
-                for worker in waiting.values():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(worker.pid, signal.SIGABRT)  # faulthandler tells where it stands
-                numbers = ", ".join(str(w.pid) for w in waiting.values())
-                raise RuntimeError(f"DataLoader worker (pid(s) {numbers}) did not start within {START_SECONDS:g} s")
-            time.sleep(0.002)
+    if not loader.num_workers:
+        return iter(loader)
+    remote: Any = loader.dataset
+    remote.ready[:] = bytes(loader.num_workers)  # an earlier pass had workers of its own
+    batches: Any = iter(loader)
+    waiting, until = dict(enumerate(batches._workers)), time.monotonic() + START_SECONDS
+    while waiting := {i: w for i, w in waiting.items() if not remote.ready[i] and w.is_alive()}:
+        if time.monotonic() > until:
+            for worker in waiting.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGABRT)  # faulthandler tells where it stands
+            numbers = ", ".join(str(w.pid) for w in waiting.values())
+            raise RuntimeError(f"DataLoader worker (pid(s) {numbers}) did not start within {START_SECONDS:g} s")
+        time.sleep(0.002)
     return batches
 
 

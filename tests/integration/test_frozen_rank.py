@@ -63,10 +63,27 @@ def test_while_others_wait_for_its_data(tmp_path, tmp_path_factory):
     assert poll(stands)
     time.sleep(7)  # slow data is no hang
     assert attempts(run) == 1 and "no step for" not in mixer.output()
+    beat = read_pulse(StartLogs(RunFolder(run).path / "logs" / "local.0").pulse(0))
+    assert beat and time.time() - beat.since > 8, "whoever looks at the run sees that it stands"
     assert_goes_on_without(1, mixer, run)
     assert mixer.wait(120) == 0, mixer.output()
     assert_same_run(run, undisturbed)
     assert mixer.all_gone(5), mixer.processes()
+
+
+def test_a_stop_is_heard_while_ranks_wait_for_data(tmp_path, tmp_path_factory):
+    undisturbed = undisturbed_run(tmp_path_factory.getbasetemp(), 2)
+    run = tmp_path / "run"
+    mixer = start(run, stretch=0.03)
+    wait_for_progress(mixer, run, 0)
+    os.kill(mixer.worker(1), signal.SIGSTOP)
+    time.sleep(3)  # what was read ahead is used up
+    RunFolder(run).stop.write_text("save\n")
+    assert mixer.wait(60) == 75, mixer.output()
+    assert "no step for" not in mixer.output()
+    again = Mixer(["resume", str(run)], tmp_path)
+    assert again.wait(120) == 0, again.output()
+    assert_same_run(run, undisturbed)
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
