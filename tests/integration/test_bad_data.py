@@ -154,6 +154,7 @@ def test_a_consumer_that_stops_early_leaves_no_process(tmp_path):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_start_is_lost_and_the_loader_made_anew(tmp_path, monkeypatch):
     """As one that inherited a lock which nobody will release."""
     from pipeline.data import workers
