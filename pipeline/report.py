@@ -35,7 +35,7 @@ class Clock:
     since: float
     steps: int = 0
     data_wait: float = 0.0
-    last_wait: float = 0.0
+    last_wait: float = 0.0  # of the last step, for this rank's own data
     stall: float = 0.0  # saving
 
     @staticmethod

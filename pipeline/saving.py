@@ -96,13 +96,16 @@ class Saves:
         self._book(self._until_written())
 
     def _until_written(self) -> SaveResult | None:
-        """Waits until no rank's save is in flight."""
+        """Waits until no rank's save is in flight; the next one has a group whose connections stand."""
         world, watchdog = self._parts.world, self._watchdog
         with watchdog.busy("saving"):
             for _ in watchdog.rounds(LONGEST_SAVE * world.timeout_s):
-                [writing] = world.sum([not self.saver.ended_within(watchdog.round_s)])
+                ended = self.saver.ended_within(watchdog.round_s)
+                writing, lost = world.sum([not ended, self.saver.lost_group])
                 if not writing:
                     break
+            if lost:
+                self.saver.renew_group()
         return self.saver.wait()
 
     def finish(self, step: int, save: Callable[[], None]) -> None:

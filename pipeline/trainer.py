@@ -121,18 +121,20 @@ class Trainer:
             UserError: data could not be read, on whichever rank; the run is saved first.
         """
         started = time.perf_counter()
-        got = None
+        got, own = None, 0.0
         for _ in self._watchdog.rounds(self._longest_read()):
             if got is None:
+                asked = time.perf_counter()
                 got = feed.next(give_up=lambda: self.flag.name is not None, seconds=self._watchdog.round_s)
+                own += time.perf_counter() - asked
             failure = got if isinstance(got, UserError) else None
             self._look_for_stop()
             waiting, stop, failed = self.world.sum([got is None, self.flag.name is not None, failure is not None])
             if stop or failed or not waiting:
                 break
         self._watchdog.beat()
-        self.report.clock.last_wait = time.perf_counter() - started
-        self.report.clock.data_wait += self.report.clock.last_wait
+        self.report.clock.last_wait = own
+        self.report.clock.data_wait += time.perf_counter() - started
         if failed:
             failure = next(f for f in self.world.gather(failure) if f)
             self._save()
@@ -275,6 +277,7 @@ class Trainer:
         self.saves = Saves(parts, self.report, self._watchdog)
         self.engine.warm_up(parts.blank_batch())
         with self._watchdog.paused("loading"):
+            parts.checkpoints.check_shared()
             reader = parts.checkpoints.newest_good(warn=self.report.warn_damage)
             state = parts.load(reader)
         self._stand_at(reader, state)

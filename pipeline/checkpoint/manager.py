@@ -13,6 +13,8 @@ import contextlib
 import functools
 import json
 import re
+import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from data_tools.errors import UserError
 from pipeline.checkpoint.layout import (
     STATE,
     CheckpointError,
@@ -38,6 +41,7 @@ from pipeline.checkpoint.place import (
     committed_steps,
     copy_file,
     is_committed,
+    is_local,
     make_folder,
     move,
     names,
@@ -164,7 +168,7 @@ class CheckpointManager:
                     else None
                 )
             )
-        except CheckpointError:
+        except Exception:  # also a collective's: a rank was too late
             with contextlib.suppress(OSError):
                 if self.world.is_main and not is_committed(folder):
                     remove_tree(folder)  # a full disk must not stay full of debris
@@ -234,6 +238,27 @@ class CheckpointManager:
     def _prune(self, root: Path) -> None:
         for step in self.retention.obsolete(committed_steps(root), best_step(root)):
             remove_checkpoint(step_folder(root, step))
+
+    def check_shared(self) -> None:
+        """Every rank has to see what another one writes. A mirror that is out of reach is left to `copy_to_mirror`.
+
+        Raises:
+            UserError: a folder is of each node's own: no checkpoint in it would ever be whole.
+        """
+        for root in filter(is_local, self._roots):
+            token = self.world.broadcast(_leave_token(root) if self.world.is_main else None)
+            if token is None:
+                continue
+            seen = self.world.gather((_appears(root / token), socket.gethostname()))
+            if self.world.is_main:
+                with contextlib.suppress(OSError):
+                    (root / token).unlink()
+            blind = [f"rank {rank} on {host}" for rank, (sees, host) in enumerate(seen) if not sees]
+            if blind:
+                raise UserError(
+                    f"{root} is not the same folder on all nodes: {', '.join(blind[:3])} cannot see what rank 0 on "
+                    f"{seen[0][1]} wrote there; give checkpoint.dir and checkpoint.mirror a shared folder or a store"
+                )
 
     def clean(self) -> None:
         """Removes folders that a crash left without a manifest. Only at a start, when nobody is writing."""
@@ -320,6 +345,27 @@ class CheckpointManager:
             raise OSError(str(e)) from e
         except CheckpointError as e:
             return str(e)
+
+
+def _leave_token(root: Path) -> str | None:
+    """The name of a new file there; None where nothing can be written now."""
+    name = f".seen-by-all-{secrets.token_hex(8)}"
+    try:
+        make_folder(root)
+        publish(root / name, b"")
+    except OSError:
+        return None
+    return name
+
+
+def _appears(path: Path) -> bool:
+    """Whether it exists; a network file system may take a moment to show it."""
+    for pause in (0.0, 0.1, 0.5, 2.0, 5.0):
+        time.sleep(pause)
+        with contextlib.suppress(OSError):
+            if path.exists():
+                return True
+    return False
 
 
 def _retried(work: Callable[[], T]) -> T:

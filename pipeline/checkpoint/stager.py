@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint.layout import CheckpointError
 from pipeline.checkpoint.manager import CheckpointManager
 from pipeline.parallel.engine import Piece
 from pipeline.parallel.world import World
@@ -73,9 +74,9 @@ class BackgroundSaver:
     """
 
     def __init__(self, manager: CheckpointManager, world: World, background: bool = True):
-        self._background = background
-        self._world = world.beside()
-        self._manager = CheckpointManager(manager.root, self._world, manager.retention, manager.mirror)
+        self._background, self._training = background, world
+        self._manager = CheckpointManager(manager.root, world.beside(), manager.retention, manager.mirror)
+        self.lost_group = False  # a collective of a save failed here: gloo has closed the group's connections
         self._stager = Stager()
         self._thread: threading.Thread | None = None
         self._result: SaveResult | None = None
@@ -108,14 +109,21 @@ class BackgroundSaver:
                 try:
                     self._manager.copy_to_mirror(step)
                 except Exception as e:
+                    self.lost_group |= not isinstance(e, CheckpointError)
                     warning = f"the copy of checkpoint step-{step} to {self._manager.mirror} failed: {e}"
             except Exception as e:
+                self.lost_group |= not isinstance(e, CheckpointError)
                 error = str(e)
             self._result = SaveResult(step, stall, time.perf_counter() - started, error, warning)
 
         # A daemon: a rank that crashes must not wait in its exit for fellows that will never answer
         self._thread = threading.Thread(target=write, name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
+
+    def renew_group(self) -> None:
+        """For the next save, where a rank lost its group: one rank was later than a collective waits. Collective."""
+        self._manager.world = self._training.beside()
+        self.lost_group = False
 
     @property
     def busy(self) -> bool:
