@@ -324,6 +324,12 @@ def split_evenly(piece: Piece, part: int, parts: int) -> Piece:
     return Piece(piece.name, piece.kind, piece.offset + first, piece.data[first:last])
 
 
+def check_share(strategy: str, world: World, local: int, total: int, ranks: int) -> None:
+    """Raises RuntimeError where this rank holds far more than its part of what `ranks` of them should share."""
+    if ranks > 1 and local > 0.75 * total + 4096:
+        raise RuntimeError(f"strategy {strategy}, but rank {world.rank} holds {local:,} of {total:,} parameters")
+
+
 def row_offset(shape: tuple[int, ...], first_row: int) -> int:
     """Flat offset of a tensor's row `first_row` (dim 0)."""
     return first_row * prod(shape[1:])

@@ -22,6 +22,7 @@ from pipeline.parallel.engine import (
     WEIGHT,
     Piece,
     TrainEngine,
+    check_share,
     persistent_buffers,
     row_offset,
 )
@@ -114,6 +115,7 @@ class ShardedEngine(TrainEngine):
         copies = self.mesh.size() // self.mesh["shard"].size()
         if copies != (1 if self.options.strategy == "fsdp" else self.world.size // self._shard_size()):
             raise RuntimeError(f"strategy {self.options.strategy}, but the state exists {copies} times")
+        check_share(self.options.strategy, self.world, local, total, self.world.size // copies)
         name = "FSDP2" if copies == 1 else f"HSDP, {copies} copies"
         return f"{name} ({units} units, {local:,} of {total:,} parameters on rank {self.world.rank})"
 

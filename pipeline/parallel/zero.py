@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import UserError
-from pipeline.parallel.engine import BUFFER, WEIGHT, Piece, TrainEngine, persistent_buffers, split_evenly
+from pipeline.parallel.engine import BUFFER, WEIGHT, Piece, TrainEngine, check_share, persistent_buffers, split_evenly
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found none
@@ -160,8 +160,5 @@ class ZeroEngine(TrainEngine):
             raise RuntimeError(f"strategy zero{self.stage}, but partition_gradients={self._zero.partition_gradients}")
         total = sum(p.numel() for n, p in self._parameters.items() if n in self.trainable)
         local = sum(f.numel() for f in self._zero.single_partition_of_fp32_groups)
-        if self.world.size > 1 and local > 0.75 * total + 4096:
-            raise RuntimeError(
-                f"strategy zero{self.stage}, but rank {self.world.rank} holds {local:,} of {total:,} master weights"
-            )
+        check_share(f"zero{self.stage}", self.world, local, total, self.world.size)
         return f"DeepSpeed ZeRO-{self.stage} ({local:,} of {total:,} master weights on rank {self.world.rank})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.parallel.engine import WEIGHT, Piece
+from pipeline.parallel.engine import WEIGHT, Piece, check_share
 from pipeline.parallel.zero import ZeroEngine
 
 
@@ -46,4 +46,5 @@ class Zero3Engine(ZeroEngine):
             raise RuntimeError(f"strategy zero3, but these parameters are not partitioned: {whole[:3]}")
         total = sum(p.ds_numel for p in self._parameters.values())  # type: ignore[attr-defined]
         local = sum(p.ds_tensor.numel() for p in self._parameters.values())  # type: ignore[attr-defined]
+        check_share("zero3", self.world, local, total, self.world.size)
         return f"DeepSpeed ZeRO-3 ({local:,} of {total:,} parameters on rank {self.world.rank})"
