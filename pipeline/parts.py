@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_tools.errors import UserError
-from pipeline.checkpoint.layout import MANIFEST, CheckpointReader, InitialState, load_pieces
-from pipeline.checkpoint.manager import CheckpointManager, choose
+from pipeline.checkpoint.layout import CheckpointReader, InitialState, load_pieces
+from pipeline.checkpoint.manager import CheckpointManager
 from pipeline.checkpoint.place import place
 from pipeline.config import Config
 from pipeline.data.loader import Batch, Share, TrainSamples
@@ -26,6 +26,7 @@ from pipeline.parallel.world import World
 from pipeline.run import RunFolder
 from pipeline.weights.begin import ForeignWeights, advice
 from pipeline.weights.shape import mismatches
+from pipeline.weights.trained import newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,7 @@ class Parts:
 
     def _load_foreign(self, where: str) -> dict[str, Any]:
         """A new run from another run's weights: step 0, own order and schedule; moments only if asked for."""
-        folder = place(where, self.config.checkpoint.storage_options)
-        if not (folder / MANIFEST).exists():
-            folder = choose(folder / "checkpoints" if (folder / "checkpoints").exists() else folder, "last")
+        folder = newest_checkpoint(place(where, self.config.checkpoint.storage_options))
         reader = CheckpointReader(folder)
         damage = reader.damage(reader.manifest.files[self.world.rank :: self.world.size])
         damage = next((d for d in self.world.gather(damage) if d), None)

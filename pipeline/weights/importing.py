@@ -20,13 +20,13 @@ from torch import Tensor
 
 from data_tools.errors import UserError
 from pipeline.checkpoint.layout import STATE, CheckpointManifest, CheckpointReader, write_pieces
-from pipeline.checkpoint.manager import choose
 from pipeline.checkpoint.place import MANIFEST, is_local, place, publish, step_folder, write_durably
 from pipeline.config import load_config, to_yaml
 from pipeline.model import create_model, variants
 from pipeline.parallel.engine import BUFFER, WEIGHT, Piece
 from pipeline.weights.flax import read_npz
 from pipeline.weights.shape import MixerShape, mismatches, mixer_shape
+from pipeline.weights.trained import newest_checkpoint
 
 CLASSES = "classes.json"
 MISLABELLED = ("mixer_b16_224.goog_in21k_ft_in1k", "mixer_l16_224.goog_in21k_ft_in1k")
@@ -73,11 +73,7 @@ def _read_folder(path: Path) -> Found:
     if (path / "model.safetensors").exists():
         described = json.loads((path / "config.json").read_text()) if (path / "config.json").exists() else {}
         return Found(_read_safetensors(path / "model.safetensors"), "timm", described)
-    folder = path
-    if not (path / MANIFEST).exists():
-        root = path / "checkpoints" if (path / "checkpoints").exists() else path
-        folder = choose(root, "last")
-    reader = CheckpointReader(folder)
+    reader = CheckpointReader(newest_checkpoint(path))
     if damage := reader.damage(reader.manifest.files):
         raise UserError(damage)
     kinds = (WEIGHT, BUFFER)

@@ -20,7 +20,7 @@ from data_tools.errors import UserError
 from data_tools.manifest import DatasetManifest
 from pipeline.checkpoint.layout import CheckpointReader
 from pipeline.checkpoint.manager import choose
-from pipeline.checkpoint.place import MANIFEST, checkpoint_root, place
+from pipeline.checkpoint.place import MANIFEST, checkpoint_root, is_local, place
 from pipeline.config import Config, load_config, train_sets
 from pipeline.data.augment import normalize
 from pipeline.data.loader import Batch
@@ -103,6 +103,19 @@ class TrainedModel:
     def load(self, world: World, strategy: str = "ddp") -> Predictor:
         """The model on this rank's device; under fsdp, hsdp and zero3 sharded over all ranks by block (FSDP2)."""
         return Predictor(self, world, strategy in SHARDED and world.size > 1)
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The newest checkpoint of a run, wherever its `checkpoint.dir` is, or of a folder of them; or `path` if it is one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    if is_local(path) and (path / "config.yaml").exists():
+        return choose(checkpoint_root(load_config(str(path / "config.yaml"), [f"run.dir={path}"]).config), "last")
+    return choose(path / "checkpoints" if (path / "checkpoints").exists() else path, "last")
 
 
 def run_config(where: str) -> Config:

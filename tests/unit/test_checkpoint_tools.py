@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import train
+from helpers import TINY, train
 from typer.testing import CliRunner
 
 from data_tools.errors import UserError
@@ -15,6 +15,7 @@ from launch.checkpoints import checkpoint_app
 from pipeline.checkpoint.layout import CheckpointReader
 from pipeline.checkpoint.manager import choose, committed_steps
 from pipeline.checkpoint.place import place
+from pipeline.config import load_config, to_yaml
 from pipeline.run import read_lines, read_metrics
 
 
@@ -119,6 +120,17 @@ def test_a_new_run_from_another_runs_weights(tmp_path, finished):
         assert read_metrics(tmp_path / name)[0]["step"] == 1
     with pytest.raises(UserError, match="another model"):
         train(tmp_path / "other", *frozen, "model.hidden_dim=20")
+
+
+def test_a_new_run_from_a_run_whose_checkpoints_lie_elsewhere(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    assert train(tmp_path / "first", f"checkpoint.dir={elsewhere}") == 0
+    config = load_config(None, [*TINY, f"checkpoint.dir={elsewhere}", f"run.dir={tmp_path / 'first'}"]).config
+    (tmp_path / "first" / "config.yaml").write_text(to_yaml(config))  # the command line does so
+    frozen = ("optimizer.lr=1e-12", "optimizer.weight_decay=0", "train.duration=1 steps")
+    assert train(tmp_path / "run", *frozen, f"run.init_from={tmp_path / 'first'}") == 0
+    source, begun = (CheckpointReader(choose(f, "last")) for f in (elsewhere, tmp_path / "run" / "checkpoints"))
+    assert (begun.tensor("head.weight") - source.tensor("head.weight")).abs().max() < 1e-9
 
 
 def test_the_manifest_says_who_wrote(finished):
