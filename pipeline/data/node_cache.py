@@ -187,7 +187,11 @@ def _make_folder(folder: Path) -> None:
         same = False
     if not same:
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:  # a run's that was killed; but in /tmp, anybody could have made it
+        if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+            raise UserError(f"{folder} belongs to somebody else: remove it, or choose another data.cache_dir") from None
     mark.write_text(boot)
 
 

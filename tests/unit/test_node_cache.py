@@ -140,3 +140,17 @@ def test_half_of_a_shared_disk_is_no_nodes_to_take(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"data\.cache_dir=.* network file system.* set data\.cache_size"):
         cache_limit(tmp_path, None, 1)
     assert cache_limit(tmp_path, LIMIT, 1) == LIMIT
+
+
+def test_a_folder_that_somebody_else_made_is_refused(tmp_path, monkeypatch):
+    """In /tmp anybody can make it first; the prefetcher believes what it finds there."""
+    from pipeline.data.node_cache import _make_folder
+
+    _make_folder(tmp_path / "mine")
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "linked").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="belongs to somebody else"):
+        _make_folder(tmp_path / "linked")
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    with pytest.raises(UserError, match="belongs to somebody else"):
+        _make_folder(tmp_path / "mine")
