@@ -29,6 +29,9 @@ _MAGIC = [
 ]
 
 
+FLOATING = "floating-point pixels: their range is unknown"
+
+
 class BadImage(Exception):
     """This file cannot be a training image; the message is the reason, fit for a quarantine list."""
 
@@ -120,6 +123,8 @@ def _check_with_pillow(data: bytes, name: str, max_pixels: int, decode: bool) ->
     with pillow_errors(name), Image.open(io.BytesIO(data), formats=(name,)) as image:
         width, height = image.size
         _limit(width, height, max_pixels)
+        if image.mode == "F":
+            raise BadImage(FLOATING)
         if decode:
             image.load()
     return width, height

@@ -15,6 +15,7 @@ from data_tools.errors import UserError
 from data_tools.manifest import ShardInfo, read_rows
 from data_tools.storage import join
 from data_tools.stores import Store
+from data_tools.transform import eight_bits
 
 COLOUR_SAMPLES = 300  # images decoded for mean and std: the mean's error is then below 0.01
 _COLOUR_SIDE = 224  # JPEGs are decoded no larger than they need be for this: about what training sees
@@ -151,7 +152,7 @@ def load_pixels(store: Store, ref: SampleRef) -> np.ndarray | None:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > _MAX_PIXELS:
                 return None
-            return np.asarray(image.convert("RGB"))
+            return np.asarray((eight_bits(image) if image.mode.startswith("I") else image).convert("RGB"))
     except UserError:
         raise
     except Exception:  # decoders raise anything

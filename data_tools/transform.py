@@ -20,7 +20,7 @@ import re
 from typing import TYPE_CHECKING
 
 from data_tools.errors import UserError
-from data_tools.images import BadImage, ImageInfo, pillow_errors, sniff_format
+from data_tools.images import FLOATING, BadImage, ImageInfo, pillow_errors, sniff_format
 from data_tools.plan import PlanOptions
 
 if TYPE_CHECKING:
@@ -122,16 +122,23 @@ def _decode_jpeg(data: bytes, info: ImageInfo, target: int) -> Image.Image | Non
     return Image.fromarray(pixels[:, :, 0] if grey else pixels)
 
 
-def _plain_mode(image: Image.Image, profile: bytes | None) -> Image.Image:
+def eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey (mode I or I;16) as L, scaled over the full range, as the trainer reads it."""
     import numpy as np
     from PIL import Image
 
+    pixels = np.asarray(image).astype(np.int64)
+    scale = 257 if image.mode != "I" or pixels.max(initial=0) > 255 else 1
+    return Image.fromarray(np.clip(pixels // scale, 0, 255).astype(np.uint8))
+
+
+def _plain_mode(image: Image.Image, profile: bytes | None) -> Image.Image:
+    from PIL import Image
+
     if image.mode == "F":
-        raise BadImage("floating-point pixels: their range is unknown")
+        raise BadImage(FLOATING)
     if image.mode.startswith("I"):
-        pixels = np.asarray(image).astype(np.int64)
-        scale = 257 if image.mode != "I" or pixels.max(initial=0) > 255 else 1
-        return Image.fromarray(np.clip(pixels // scale, 0, 255).astype(np.uint8))
+        return eight_bits(image)
     if image.mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     elif image.mode in ("L", "RGB") and "transparency" in image.info:

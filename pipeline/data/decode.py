@@ -9,12 +9,15 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import simplejpeg
 
 from pipeline.data.region import decode_region
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_PIXELS = 200_000_000  # refused by the header before anything is decoded: a decompression bomb costs no memory
 # Nothing in a data set may reach a decoder that runs other programs: Pillow's EPS plugin starts Ghostscript.
@@ -108,12 +111,25 @@ def _decode_pillow(data: bytes, channels: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size)
-            pixels = np.array(image.convert("RGB" if channels == 3 else "L"))  # asarray's is read-only
+            pixels = np.array(_eight_bits(image).convert("RGB" if channels == 3 else "L"))  # asarray's is read-only
     except (MemoryError, ValueError):
         raise
     except Exception as e:  # Pillow's plugins raise anything: SyntaxError, struct.error, KeyError
         raise ValueError(str(e) or type(e).__name__) from e
     return pixels if channels == 3 else pixels[:, :, None]
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled over the full range, as `mixer shard` converts it; Pillow would clip it at 255: all white."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("floating-point pixels: their range is unknown")
+    if not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image).astype(np.int64)
+    scale = 257 if image.mode != "I" or pixels.max(initial=0) > 255 else 1
+    return Image.fromarray(np.clip(pixels // scale, 0, 255).astype(np.uint8))
 
 
 def _check_size(width: int, height: int) -> None:

@@ -13,6 +13,8 @@ from PIL import Image
 
 from data_tools.images import BadImage, check_image, check_images
 from data_tools.jpeg_headers import jpeg_sizes
+from data_tools.plan import PlanOptions
+from data_tools.transform import convert
 from pipeline.data.decode import decode_image
 
 LIMIT = 10**6
@@ -141,12 +143,35 @@ def test_animated(form):
     assert decode_image(buffer.getvalue()).shape == (30, 40, 3)
 
 
+def sixteen_bits(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((30, 40), value, np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def floating() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((30, 40), 0.5, np.float32)).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("value", [0, 255, 256, 20000, 65535])
+def test_sixteen_bits_are_scaled_alike_by_sharding_and_training(value):
+    """Pillow's own conversion makes everything above 255 white."""
+    data = sixteen_bits(value)
+    converted, _ = convert(data, check_image(data, LIMIT), PlanOptions(encode="webp:100"))
+    for channels in (1, 3):
+        assert (decode_image(data, channels) == value // 257).all()
+        assert np.abs(decode_image(converted, channels).astype(int) - value // 257).max() <= 2
+
+
 def every_kind() -> dict[str, bytes]:
     """Encoded images and wrecks of many kinds, JPEGs of every subsampling among them."""
     kinds = {f"{form} {mode}": encoded(form, mode) for form, mode in [
         ("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"), ("PNG", "1"),
         ("WEBP", "RGB"), ("GIF", "P"), ("BMP", "RGB"), ("TIFF", "RGB"), ("TIFF", "CMYK"),
     ]}  # fmt: skip
+    kinds |= {"PNG I;16": sixteen_bits(20000), "TIFF F": floating()}
     base = bytearray(encoded("JPEG", subsampling=0))
     at = base.index(b"\xff\xc0") + 11
     for factors in (0x11, 0x12, 0x13, 0x14, 0x21, 0x22, 0x31, 0x33, 0x41, 0x44, 0x00, 0xFF):
