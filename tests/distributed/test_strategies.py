@@ -167,6 +167,36 @@ def test_compiled_training_is_the_same_training(ranks, tmp_path: Path, strategy:
     np.testing.assert_allclose(resumed.losses, plain_training(range(STEPS + 2)).losses[STEPS:], rtol=0, atol=1e-6)
 
 
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
+def test_what_the_recipes_ask_for(ranks, tmp_path: Path, strategy: str, checkpointing: str) -> None:
+    """bf16 and compiled blocks at once, also recomputed in the backward pass."""
+    spec = Spec(strategy, "bf16", compile="block", activation_checkpointing=checkpointing)
+    outcome, graphs = ranks(2).run(cases.train_compiled, spec, str(tmp_path), STEPS, timeout=300)[0]
+    assert graphs > 0
+    np.testing.assert_allclose(outcome.losses, reference().losses, rtol=0, atol=BF16_TOLERANCE)
+    resumed = ranks(2).run(cases.go_on, Spec("ddp", "bf16"), outcome.folder, None, range(STEPS, STEPS + 2))[0]
+    np.testing.assert_allclose(
+        resumed.losses, plain_training(range(STEPS + 2)).losses[STEPS:], rtol=0, atol=BF16_TOLERANCE
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_copies_of_a_sharded_state(ranks, tmp_path: Path, precision: str) -> None:
+    """HSDP on 2 x 2 ranks: close to plain torch, bit-equal after a resume, a sick step skipped on all."""
+    spec, tolerance = Spec("hsdp", precision), FP32_TOLERANCE if precision == "fp32" else BF16_TOLERANCE
+    whole, resumed = ranks(4).run(cases.interrupted, spec, str(tmp_path / "a"), 3, STEPS)[0]
+    assert resumed.losses == whole.losses[3:]
+    assert CheckpointReader(Path(resumed.folder)).digest() == CheckpointReader(Path(whole.folder)).digest()
+    np.testing.assert_allclose(whole.losses, reference().losses, rtol=0, atol=tolerance)
+    for fault in ("gradient", "loss"):
+        outcomes = ranks(4).run(cases.sick_step, spec, str(tmp_path / fault), fault)
+        assert [counts for _, _, counts in outcomes] == [(2, 2, 3)] * 4
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
 def test_dropout_is_keyed_and_resumes_bit_for_bit(ranks, tmp_path: Path, strategy: str) -> None:
     """Compared models may draw: by (seed, step, micro-step, rank), so that no generator's state is saved."""

@@ -27,7 +27,9 @@ from mixer_process import (
     wait_for_progress,
 )
 
+from pipeline.audit import audit
 from pipeline.checkpoint.manager import committed_steps, step_folder
+from pipeline.config import load_config
 from pipeline.run import RunFolder, read_lines
 
 
@@ -104,6 +106,8 @@ def test_another_strategy_and_number_of_ranks(tmp_path: Path, undisturbed: Path,
     for (step, samples, loss), (_, wanted, reference) in zip(history(run), history(undisturbed), strict=True):
         assert samples == wanted, step
         assert loss == pytest.approx(reference, abs=1e-5), step
+    folder = RunFolder(run)
+    assert audit(load_config(str(folder.config)).config, folder).faults == []
 
 
 @pytest.mark.slow
