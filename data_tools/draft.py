@@ -1,7 +1,7 @@
 """From sources to a plan: list, compare with the plan that is there, find duplicates, plan.
 
 A `Draft` keeps what it has done in `plan/work/`; a killed run's next one goes on there. It is deleted with the plan's
-completion, and with any refusal, so that a listing never outlives the corpus it describes.
+completion, and with any refusal (not with `Unfinished`), so that a listing never outlives the corpus it describes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from data_tools.errors import UserError
+from data_tools.errors import Unfinished
 from data_tools.local_pool import ignore_interrupts
 
 Item = TypeVar("Item")
@@ -27,7 +27,7 @@ def available_cores() -> int:
 def map_processes(work: Callable[[Item], Result], items: Iterable[Item], workers: int = 0) -> Iterator[Result]:
     """`work(item)` for each item, by up to `workers` processes (0: one a core); in this one where that is enough.
 
-    Memory: a few items and results for each process. Raises what `work` raised; UserError where a process died.
+    Memory: a few items and results for each process. Raises what `work` raised; Unfinished where a process died.
     """
     todo = list(items)
     workers = min(workers or available_cores(), len(todo))
@@ -46,6 +46,8 @@ def map_processes(work: Callable[[Item], Result], items: Iterable[Item], workers
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as e:
-        raise UserError("a worker process died (out of memory?); try fewer --workers") from e
+        raise Unfinished(
+            "a worker process died (out of memory?); run the same command again, perhaps with fewer --workers"
+        ) from e
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

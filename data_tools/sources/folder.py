@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
-from data_tools.errors import UserError
+from data_tools.errors import Unfinished, UserError
 from data_tools.sources import places
 from data_tools.sources.rows import SPLIT_ALIASES, Row, batches_of, has_image_suffix
 
@@ -21,7 +21,7 @@ _MANY_ENTRIES, _STAT_ENTRIES = 2048, 64  # a large folder; what one thread looks
 class FolderSource:
     """`root/<class>/...`, `root/<split>/<class>/...`, or images directly in `root`, which have no labels.
 
-    Raises UserError where images lie both beside and inside subfolders, or a folder cannot be listed.
+    Raises UserError where images lie both beside and inside subfolders, Unfinished where a folder cannot be listed.
     """
 
     kind = "folder"
@@ -123,7 +123,7 @@ def _local_lister(root: str):
         try:
             entries = sorted(os.scandir(os.path.join(root, prefix)), key=lambda e: e.name)
         except OSError as e:
-            raise UserError(f"cannot list {os.path.join(root, prefix)}: {e.strerror}") from e
+            raise _not_listed(os.path.join(root, prefix), e.strerror) from e
         many = len(entries) >= _MANY_ENTRIES
         chunks = [entries[at : at + _STAT_ENTRIES] for at in range(0, len(entries), _STAT_ENTRIES)]
         stats = pool.map(_stat_all, chunks) if many else map(_stat_all, chunks)
@@ -148,7 +148,7 @@ def _remote_lister(root: str, options: places.StorageOptions | None):
         try:
             entries = places.list_folder(places.join(root, prefix) if prefix else root, options)
         except OSError as e:
-            raise UserError(f"cannot list {places.join(root, prefix)}: {e}") from e
+            raise _not_listed(places.join(root, prefix), e) from e
         rows: list[Row] = []
         folders: list[str] = []
         for name, seen in entries:
@@ -159,6 +159,10 @@ def _remote_lister(root: str, options: places.StorageOptions | None):
         return rows, folders
 
     return listed
+
+
+def _not_listed(folder: str, why: object) -> Unfinished:
+    return Unfinished(f"cannot list {folder}: {why}; mend that and run the same command again: what is done stays")
 
 
 def _note_folder(path: str, name: str, folders: list[str], ignored: Counter[str]) -> None:

@@ -1,10 +1,12 @@
 """Archives, WebDataset tars, Parquet, URLs: from every kind of source to shards that read back as they were."""
 
+import errno
 import gzip
 import io
 import json
 import os
 import pickle
+import signal
 import tarfile
 import threading
 import time
@@ -22,13 +24,14 @@ import pytest
 from corpora import jpeg, make_corpus
 from source_helpers import list_rows, tar_bytes
 
-from data_tools import hashing, settle
+from data_tools import hashing, scan, settle
 from data_tools.engines import ShardOptions, preview_corpus, shard_corpus
-from data_tools.errors import UserError
+from data_tools.errors import Unfinished, UserError
 from data_tools.finalize import TooManyBad
 from data_tools.indexing import IndexOptions, index_dataset
 from data_tools.manifest import DatasetManifest, load_index
-from data_tools.sources import Columns
+from data_tools.parallel import map_processes
+from data_tools.sources import Columns, folder
 from data_tools.verify import verify_dataset
 
 
@@ -517,6 +520,72 @@ def test_killed_hashing_goes_on_with_the_blocks_that_are_missing(tmp_path, monke
 
 class Killed(BaseException):
     """No error that anybody catches."""
+
+
+def hash_or_die(log: Path, task: hashing.HashTask) -> None:
+    """Notes what it begins; its process dies the first time that it comes to the last of eight blocks."""
+    with log.open("a") as file:
+        file.write(task.out.name + "\n")
+    if task.start == 35 and log.read_text().count(task.out.name) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    hashing.hash_block(task)
+
+
+def test_a_lost_hashing_process_costs_only_what_it_was_at(tmp_path, monkeypatch):
+    source, log = make_corpus(tmp_path / "in", 40), tmp_path / "log"
+    (source / "class1" / "again.jpg").write_bytes(jpeg(0))
+    (source / "class1" / "00001.jpg").unlink()
+    monkeypatch.setattr(hashing, "BLOCK_ROWS", 5)
+    monkeypatch.setattr(settle, "on_processes", lambda _: partial(map_processes, partial(hash_or_die, log), workers=2))
+    with pytest.raises(Unfinished, match=r"a worker process died.*run the same command again"):
+        packed(source, tmp_path / "out", dedupe="exact")
+    done = sorted(p.name for p in (tmp_path / "out" / "plan" / "work" / "hashes").glob("hash-*"))
+    assert done
+    _, found = packed(source, tmp_path / "out", dedupe="exact")
+    begun = log.read_text().split()
+    assert len(found) == 39 and len(set(begun)) == 8 and all(begun.count(name) == 1 for name in done)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_folder_that_cannot_be_listed_costs_no_hashes(tmp_path, memory, monkeypatch, remote):
+    """The listing fails in the middle, then as the hashing of the finished one is to go on."""
+    source = make_corpus(tmp_path / "in", 40)
+    for path in source.rglob("*.jpg"):
+        memory.pipe(f"/bucket/in/{path.relative_to(source)}", path.read_bytes())
+    where, work = "memory://bucket/in" if remote else source, tmp_path / "out" / "plan" / "work"
+    monkeypatch.setattr(scan, "PART_ROWS", 5)
+    monkeypatch.setattr(settle, "on_processes", lambda _: one_by_one)
+    begun, left = [], {}  # left: how often a folder can still be listed
+    listing, scandir = folder.places.list_folder, os.scandir
+
+    def one_by_one(tasks):
+        for task in tasks:
+            begun.append(task.out.name)
+            if len(begun) == 6:
+                raise Killed
+            yield hashing.hash_block(task)
+
+    def listed(place, *args):
+        name = Path(str(place)).name
+        left[name] = left.get(name, 1000) - 1
+        if left[name] < 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return (listing if remote else scandir)(place, *args)
+
+    monkeypatch.setattr(*((folder.places, "list_folder") if remote else (os, "scandir")), listed)
+    left["class2"] = 0
+    with pytest.raises(Unfinished, match=r"cannot list .*class2.*Input/output error; mend that and run the same"):
+        packed(where, tmp_path / "out", dedupe="exact")
+    assert (work / "scan" / "scan-00000.json").exists()
+    left.clear()
+    with pytest.raises(Killed):
+        packed(where, tmp_path / "out", dedupe="exact")
+    left["in"] = 1  # seen to be a folder, then lost
+    with pytest.raises(Unfinished, match="cannot list"):
+        packed(where, tmp_path / "out", dedupe="exact")
+    left.clear()
+    _, found = packed(where, tmp_path / "out", dedupe="exact")
+    assert len(found) == 40 and len(begun) == 8 + 1 and len(set(begun)) == 8
 
 
 def test_samples_of_another_set_are_kept_out(tmp_path, memory):
