@@ -16,7 +16,7 @@ import xxhash
 from data_tools import scan
 from data_tools.errors import UserError
 from data_tools.hashing import DIGEST, content_digest, read_digests
-from data_tools.manifest import ShardInfo
+from data_tools.manifest import DatasetManifest, ShardInfo
 from data_tools.plan_store import DUPLICATES_NAME
 from data_tools.scan import Listing
 from data_tools.stats import read_index
@@ -117,10 +117,11 @@ def _describe(listing: Listing, rows: np.ndarray, kept: np.ndarray, out: np.ndar
 def dataset_hashes(place: str, options: dict[str, Any] | None = None, workers: int = 4) -> tuple[str, np.ndarray]:
     """(digest, content hashes of every image) of a finished data set, here or at a URL.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, or its images are not stored as their source holds them.
     """
     store = open_store(place, options)
     manifest = load_manifest(store)
+    _refuse_converted(place, manifest)
 
     def hashes(shard: ShardInfo) -> np.ndarray:
         rows = read_index(store, shard)
@@ -143,3 +144,13 @@ def dataset_hashes(place: str, options: dict[str, Any] | None = None, workers: i
         raise UserError(f"--dedupe-against {place}: {e}") from e
     digest = xxhash.xxh3_128_hexdigest("\n".join(manifest.split_digest(s) for s in sorted(manifest.splits)).encode())
     return digest, np.concatenate([*parts, np.zeros(0, DIGEST)])
+
+
+def _refuse_converted(place: str, manifest: DatasetManifest) -> None:
+    """Bytes made anew equal no source's: nothing would be kept out. Sets without a record are taken as they are."""
+    packed_with = manifest.source.get("options")
+    if isinstance(packed_with, dict) and (packed_with.get("resize", 0) or packed_with.get("encode", "keep") != "keep"):
+        raise UserError(
+            f"--dedupe-against {place}: it was packed with --resize or --encode, so its bytes can equal no source's.\n"
+            "Pack its source without them into another folder, and give that one"
+        )

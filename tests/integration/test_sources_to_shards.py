@@ -610,6 +610,20 @@ def test_samples_of_another_set_are_kept_out(tmp_path, memory):
         packed(source, tmp_path / "out2", dedupe_against=(tmp_path / "in",))
 
 
+@pytest.mark.parametrize("converted", [{"resize": 60}, {"encode": "jpeg:80"}])
+def test_a_set_whose_bytes_were_made_anew_holds_nothing_out(tmp_path, converted):
+    held, source = make_corpus(tmp_path / "val", 5, side=120), make_corpus(tmp_path / "in", 20, side=120)
+    val_set = tmp_path / "val-set"
+    packed(held, val_set, **converted)
+    with pytest.raises(UserError, match=r"val-set: it was packed with --resize or --encode.*\n.*without them"):
+        packed(source, tmp_path / "out", dedupe_against=(val_set,))
+    raw = json.loads((val_set / "dataset.json").read_text())
+    (val_set / "dataset.json").write_text(json.dumps(raw | {"source": {}}))  # one made elsewhere
+    assert packed(source, tmp_path / "out", dedupe_against=(val_set,))[0].samples("train") == 20
+    packed(held, tmp_path / "plain")
+    assert packed(source, tmp_path / "out2", dedupe_against=(tmp_path / "plain",))[0].samples("train") == 15
+
+
 def test_preview_says_how_long_and_writes_nothing(tmp_path):
     source = make_corpus(tmp_path / "in", 30)
     before = sorted(tmp_path.rglob("*"))
