@@ -6,6 +6,7 @@ goes through fsspec with the storage options of the command.
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import re
@@ -14,10 +15,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from data_tools import storage
-from data_tools.errors import UserError
+from data_tools.errors import Unfinished, UserError
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 _READ_AHEAD = 8 << 20
+# S3's codes, which s3fs leaves in the cause, and its messages: all requests are refused alike, not one image.
+_CREDENTIALS = re.compile(
+    "ExpiredToken|InvalidAccessKeyId|InvalidToken|SignatureDoesNotMatch|TokenRefreshRequired|"
+    "token has expired|token is malformed|Access Key Id you provided does not exist|signature we calculated does not",
+    re.IGNORECASE,
+)
 _WEB_SECONDS = 10.0  # how long a web server, one among many, may be out of reach
 
 StorageOptions = dict[str, Any]
@@ -71,8 +78,18 @@ def filesystem(url: str, options: StorageOptions | None) -> Any:
 
 
 def patiently(action: Callable[[], Result], url: str) -> Result:
-    """What a store answers. Raises what `storage.retrying` does: Unfinished where it stays out of reach."""
-    return storage.retrying(action, f"cannot read {url}", _WEB_SECONDS if is_web(url) else None)
+    """What a store answers. Raises what `storage.retrying` does: Unfinished where it stays out of reach, and also
+    where the credentials are at fault."""
+    try:
+        return storage.retrying(action, f"cannot read {url}", _WEB_SECONDS if is_web(url) else None)
+    except OSError as e:
+        refused = isinstance(e, PermissionError) or e.errno == errno.EINVAL  # no message with a path in it
+        if not (refused and _CREDENTIALS.search(f"{e} {e.__cause__}")):
+            raise
+        raise Unfinished(
+            f"cannot read {url}: {e}\nRenew the credentials (see --storage-options) and run the same command again: "
+            "what is done stays"
+        ) from e
 
 
 def info(path: str, options: StorageOptions | None = None) -> Info | None:

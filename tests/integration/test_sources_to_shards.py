@@ -24,7 +24,7 @@ import pytest
 from corpora import jpeg, make_corpus
 from source_helpers import list_rows, tar_bytes
 
-from data_tools import hashing, scan, settle
+from data_tools import engines, hashing, scan, settle
 from data_tools.engines import ShardOptions, preview_corpus, shard_corpus
 from data_tools.errors import Unfinished, UserError
 from data_tools.finalize import TooManyBad
@@ -392,6 +392,69 @@ def test_a_missing_object_is_quarantined(tmp_path, memory):
         packed("memory://bucket/m.csv", tmp_path / "out")
     with pytest.raises(UserError, match="no such file"):
         packed("memory://bucket/nothing", tmp_path / "out2")
+
+
+def refusal(code: str, message: str) -> Exception:
+    """As s3fs raises it."""
+    from botocore.exceptions import ClientError
+    from s3fs.errors import translate_boto_error
+
+    return translate_boto_error(ClientError({"Error": {"Code": code, "Message": message}}, "GetObject"))
+
+
+@pytest.mark.parametrize("dedupe", ["off", "exact"])
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("ExpiredToken", "The provided token has expired."),
+        ("InvalidAccessKeyId", "unknown"),  # other stores word it in their own way
+        ("InvalidToken", "The provided token is malformed or otherwise invalid."),
+        ("SignatureDoesNotMatch", "The request signature we calculated does not match the signature you provided."),
+    ],
+)
+def test_credentials_that_expire_are_no_bad_images(tmp_path, memory, monkeypatch, code, message, dedupe):
+    pytest.importorskip("s3fs")
+    source = make_corpus(tmp_path / "in", 40)
+    for path in source.rglob("*.jpg"):
+        memory.pipe(f"/bucket/in/{path.relative_to(source)}", path.read_bytes())
+    monkeypatch.setattr(hashing, "BLOCK_ROWS", 5)
+    out, read, reads = tmp_path / "out", type(memory).cat_file, []
+
+    def expiring(fs, path, *args, **kw):
+        reads.append(path)
+        if len(reads) > 20:
+            raise refusal(code, message)
+        return read(fs, path, *args, **kw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "cat_file", expiring)
+        with pytest.raises(Unfinished, match=r"cannot read memory://.*\nRenew the credentials .* same command again"):
+            packed("memory://bucket/in", out, dedupe=dedupe, max_samples=10)
+    kept = list(out.glob("plan/work/hashes/hash-*" if dedupe == "exact" else "*.tar"))
+    before = {p.name for p in kept}
+    assert before
+    made = []
+    hash_block, pack = hashing.hash_block, engines.run_task
+    monkeypatch.setattr(hashing, "hash_block", lambda task: made.append(task.out.name) or hash_block(task))
+    monkeypatch.setattr(engines, "run_task", lambda task, *more: made.append(task.name) or pack(task, *more))
+    _, found = packed("memory://bucket/in", out, dedupe=dedupe, max_samples=10)
+    assert len(found) == 40 and not before & set(made)
+
+
+def test_one_object_that_may_not_be_read_is_a_bad_image(tmp_path, memory, monkeypatch):
+    pytest.importorskip("s3fs")
+    for i in range(3):
+        memory.pipe(f"/bucket/in/{i}.jpg", jpeg(i))
+    read = type(memory).cat_file
+
+    def refusing(fs, path, *args, **kw):
+        if path.endswith("1.jpg"):
+            raise refusal("AccessDenied", "Access Denied")
+        return read(fs, path, *args, **kw)
+
+    monkeypatch.setattr(type(memory), "cat_file", refusing)
+    manifest, found = packed("memory://bucket/in", tmp_path / "out", max_bad=1)
+    assert len(found) == 2 and manifest.source["quarantined"] == 1
 
 
 class RefusingHandler(SimpleHTTPRequestHandler):
