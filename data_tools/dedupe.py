@@ -26,12 +26,13 @@ from data_tools.stores import load_manifest, open_store
 
 @dataclass(frozen=True)
 class Dropped:
-    """What is kept out: `rows` are positions in the listing, sorted."""
+    """What is kept out: `rows` are positions in the listing, sorted. `unread`: samples that could not be compared."""
 
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     duplicates: int = 0
     held_out: int = 0
     digest: str = ""
+    unread: int = 0
 
     def keep(self, part: int, rows: int) -> np.ndarray | None:
         """bool [rows] for one part of the listing, None where all of it is kept."""
@@ -50,7 +51,7 @@ def find_dropped(listing: Listing, files: list[Path], exact: bool, held_out: np.
     held_out: content hashes (see `dataset_hashes`) of images that must not enter. Memory: 8 bytes a sample, and 50
     for each that is not alone with its hash.
     """
-    rows, digests = _shared(files, exact, np.unique(held_out["high"]))
+    rows, digests = _shared(files, exact, np.append(held_out["high"], np.uint64(0)))  # 0: those not read, to count them
     readable = (digests["high"] != 0) | (digests["low"] != 0)
     out = _is_member(digests, held_out) & readable
     first = np.arange(len(digests))
@@ -66,7 +67,7 @@ def find_dropped(listing: Listing, files: list[Path], exact: bool, held_out: np.
     lines = _describe(listing, rows[drop], rows[first[drop]], out[drop])
     write_atomic(plan_folder / DUPLICATES_NAME, "".join(lines).encode())
     digest = xxhash.xxh3_128_hexdigest("".join(lines).encode()) if lines else ""
-    return Dropped(rows[drop], int(twice.sum()), int(out.sum()), digest)
+    return Dropped(rows[drop], int(twice.sum()), int(out.sum()), digest, int((~readable).sum()))
 
 
 def _shared(files: list[Path], exact: bool, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

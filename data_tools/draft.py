@@ -7,6 +7,7 @@ completion, and with any refusal (not with `Unfinished`), so that a listing neve
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -185,7 +186,14 @@ class Draft:
             spread = on_processes(1)  # one stream, read once
         files = hash_listing(self.listing, inputs, self._work / HASH_FOLDER, spread, self._report)
         held_out = np.concatenate([np.zeros(0, DIGEST), *(hashes for _, hashes in self._held_out)])
-        return find_dropped(self.listing, files, exact, held_out, self._folder)
+        dropped = find_dropped(self.listing, files, exact, held_out, self._folder)
+        if dropped.unread:
+            print(
+                f"not compared: {dropped.unread:,} images that could not be read; should packing be able to read them, "
+                "duplicates may be among them (to compare them too, shard into another folder once they are readable)",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        return dropped
 
     # --- saying what changed --------------------------------------------------------------------------------
 

@@ -556,6 +556,19 @@ def test_duplicates_are_dropped_and_listed(tmp_path):
         assert shard_corpus(ShardOptions(source, out, workers=1, dedupe="exact", order=order, max_bad=1)) == manifest
 
 
+@pytest.mark.parametrize("unread", [0, 1, 2])
+def test_how_many_images_could_not_be_compared_is_said(tmp_path, capsys, unread):
+    source, val = make_corpus(tmp_path / "in", 20), make_corpus(tmp_path / "val", 5)
+    packed(val, tmp_path / "val-set")
+    for i in range(unread):
+        (source / "class0" / f"broken{i}.jpg").symlink_to(tmp_path / "nothing")
+    for name, options in [("exact", {"dedupe": "exact"}), ("against", {"dedupe_against": (tmp_path / "val-set",)})]:
+        manifest, found = packed(source, tmp_path / name, max_bad=unread, **options)
+        assert len(found) == (20 if name == "exact" else 15) and manifest.source["quarantined"] == unread
+        said = [line for line in capsys.readouterr().err.splitlines() if "not compared" in line]
+        assert len(said) == bool(unread) and all(f"not compared: {unread} images" in line for line in said)
+
+
 def test_killed_hashing_goes_on_with_the_blocks_that_are_missing(tmp_path, monkeypatch):
     source = make_corpus(tmp_path / "in", 40)
     for i in range(7):
