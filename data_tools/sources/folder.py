@@ -21,7 +21,8 @@ _MANY_ENTRIES, _STAT_ENTRIES = 2048, 64  # a large folder; what one thread looks
 class FolderSource:
     """`root/<class>/...`, `root/<split>/<class>/...`, or images directly in `root`, which have no labels.
 
-    Raises UserError where images lie both beside and inside subfolders, Unfinished where a folder cannot be listed.
+    Raises UserError where images lie both beside and inside subfolders, or some splits have class folders and others
+    none; Unfinished where a folder cannot be listed.
     """
 
     kind = "folder"
@@ -41,7 +42,6 @@ class FolderSource:
     def units(self) -> list[str]:
         """Class folders, in sorted order; the root itself where images lie there."""
         direct, folders = self._list("", Counter())
-        self._depth = 1 if _are_splits(self, folders) else 0
         if direct:
             inside = next((f for folder in folders if (f := self.first_image(folder))), None)
             if inside is not None:
@@ -52,6 +52,7 @@ class FolderSource:
                 )
             self._flat = True
             return [""]
+        self._depth = 1 if _are_splits(self, folders) else 0
         if not self._depth:
             return folders
         return [sub for split in folders if split in SPLIT_ALIASES for sub in self._list(split + "/", Counter())[1]]
@@ -92,16 +93,25 @@ class FolderSource:
 
 
 def _are_splits(source: FolderSource, tops: list[str]) -> bool:
-    """True for `train/<class>/...` beside `val/<class>/...`: two splits, not two classes called train and val."""
-    if "train" not in tops or len(tops) < 2:
+    """True for `train/<class>/...` alone or beside `val/<class>/...`: splits, not classes called train and val.
+
+    Raises UserError where only some of them have class folders.
+    """
+    inside = {top: source._list(top + "/", Counter()) for top in tops if top in SPLIT_ALIASES}
+    flat = [top for top, (images, _) in inside.items() if images]
+    nested = [top for top, (_, folders) in inside.items() if any(map(source.first_image, folders))]
+    holding = {*flat, *nested}
+    if "train" not in holding and len(holding) != 1:
         return False
-    holding = [top for top in tops if source.first_image(top)]
-    return (
-        "train" in holding
-        and len(holding) > 1
-        and set(holding) <= SPLIT_ALIASES.keys()
-        and not any(source._list(top + "/", Counter())[0] for top in holding)
-    )
+    if any(source.first_image(top) for top in tops if top not in SPLIT_ALIASES):
+        return False
+    if flat and nested:
+        alone = places.join(source.root, "train" if "train" in nested else nested[0])
+        raise UserError(
+            f"{source.root} looks like splits, of which {flat[0]} holds images in no class folder: give {alone} alone, "
+            "or with it a list of the others, a CSV with columns path,label,split"
+        )
+    return not flat
 
 
 def _check_class_name(name: str) -> None:

@@ -12,6 +12,8 @@ from data_tools.errors import UserError
 from data_tools.plan import PlanOptions
 from data_tools.plan_store import iter_samples
 from data_tools.sources import Columns, open_source
+from pipeline.data.folder import FolderSource
+from pipeline.data.source import open_source as open_trainer_source
 
 
 def touch(root, *paths):
@@ -57,6 +59,47 @@ def test_split_folders(tmp_path):
 def test_a_class_called_train_alone_is_a_class(tmp_path):
     touch(tmp_path, "train/1.jpg", "bus/1.jpg")
     assert [row[1] for row in listed(tmp_path)] == ["bus", "train"]
+
+
+@pytest.mark.parametrize("split, name", [("train", "train"), ("validation", "val")])
+def test_a_lone_split_of_class_folders_is_a_split(tmp_path, split, name):
+    touch(tmp_path, f"{split}/cat/1.jpg", f"{split}/dog/deep/1.jpg", "docs/readme.txt")
+    assert listed(tmp_path) == [
+        (f"{split}/cat/1.jpg", "cat", name),
+        (f"{split}/dog/deep/1.jpg", "dog", name),
+    ]
+
+
+def test_the_trainer_sees_the_classes_of_a_lone_split_too(tmp_path):
+    touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg")
+    source = open_trainer_source(str(tmp_path), "train", image_size=8, num_classes=None)
+    assert isinstance(source, FolderSource) and source.splits == ["train"]
+    assert source.classes == sorted({row[1] for row in listed(tmp_path)}) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("flat", ["val/9.jpg", "train/9.jpg"])
+def test_splits_of_which_some_have_no_class_folders_are_refused(tmp_path, flat):
+    touch(tmp_path, "train/cat/1.jpg", "test/dog/1.jpg", "docs/readme.txt", flat)
+    with pytest.raises(UserError, match=rf"of which {flat[:-6]} holds images in no class folder.*path,label,split"):
+        listed(tmp_path)
+    touch(tmp_path, "bus/1.jpg")  # now train is one class of several
+    assert {row[1] for row in listed(tmp_path)} == {"bus", "test", "train"} | {flat[:-6]}
+
+
+def test_a_flat_split_in_a_list_beside_the_other(tmp_path):
+    """What the refusal advises."""
+    touch(tmp_path, "set/train/cat/1.jpg", "set/train/dog/1.jpg", "set/val/9.jpg")
+    (tmp_path / "set" / "val.csv").write_text("path,label,split\nval/9.jpg,dog,val\n")
+    with pytest.raises(UserError, match=r"give .*set/train alone"):
+        listed(tmp_path / "set")
+    plan, samples = planned(tmp_path / "plan", tmp_path / "set" / "train", tmp_path / "set" / "val.csv")
+    assert plan.classes == ["cat", "dog"] and [s.label for s in samples.values()] == [0, 1, 1]
+    assert [(s.split, s.samples) for s in plan.shards] == [("train", 2), ("val", 1)]
+
+
+def test_flat_folders_called_train_and_val_are_classes(tmp_path):
+    touch(tmp_path, "train/1.jpg", "val/1.jpg")
+    assert [row[1:] for row in listed(tmp_path)] == [("train", None), ("val", None)]
 
 
 def test_images_beside_class_folders_are_refused(tmp_path):
