@@ -56,7 +56,7 @@ class Trainer:
         self.engine, self.run = parts.engine, parts.run
         self.step = self.samples = 0  # completed so far
         self.evaluated_at = -1  # step that `metrics` belongs to
-        self.bad_samples = 0
+        self.bad_samples, self._why_bad = 0, ""  # the latest reason on this rank
         self.flag = flag or StopFlag().install()
         self.logs, self._pulse = logs or StartLogs(self.run.path / "logs" / "local.0"), pulse or Pulse(None)
         self.report = Report(parts, self.logs, quiet)
@@ -219,7 +219,8 @@ class Trainer:
         self._ledger.add(self.step + 1, order.state.epoch, order.state.position, digest, errors)
         if errors:
             self.bad_samples += len(errors)
-            self.report.say_of_rank(f"bad sample, counted with weight 0: {errors[0][2]}")
+            self._why_bad = errors[0][2]
+            self.report.say_of_rank(f"bad sample, counted with weight 0: {self._why_bad}")
         self._positions[self.step + 1] = order.state.epoch, order.state.position
         self._positions.pop(self.step + 1 - 10 * self.sick.max_in_a_row - 100, None)
         order.state = order.next_state(order.state)
@@ -249,8 +250,9 @@ class Trainer:
             self.saves.finish(self.step, self._save)
             raise UserError(
                 f"{int(bad)} samples could not be read, more than data.max_bad_fraction="
-                f"{self.config.data.max_bad_fraction:g} of {seen:,}; see `masked` in {self.run.path}/ledger, check the "
-                "set with `mixer data verify`, or raise the limit and `mixer resume`"
+                f"{self.config.data.max_bad_fraction:g} of {seen:,}{self._why_bad and f' ({self._why_bad})'};\n"
+                f"see `masked` in {self.run.path}/ledger, check the set with `mixer data verify`, or raise the limit "
+                "and `mixer resume`"
             )
         return save > 0, stop > 0
 

@@ -144,7 +144,8 @@ class TrainSamples(Dataset):
             choose, finish = None, transform
         pixels, label, crc = self.source.read(sample_id, self.channels, choose)
         if not 0 <= label < self.num_classes:
-            raise BadSample(f"sample {sample_id}: label {label} outside [0, {self.num_classes})")
+            why = ": it has no single class (several labels, or none), and training takes one" if label < 0 else ""
+            raise BadSample(f"sample {sample_id}: label {label} outside [0, {self.num_classes}){why}")
         image = finish(pixels)
         return Row(image if out is None or image is out else out.copy_(image), label, crc)
 

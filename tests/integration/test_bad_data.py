@@ -125,6 +125,13 @@ def test_bad_samples_alone_end_the_run_with_a_message(tmp_path):
     assert len(committed_steps(RunFolder(tmp_path / "run").checkpoints)) == 1
 
 
+def test_a_set_of_samples_with_several_labels_is_told_from_a_damaged_one(tmp_path):
+    samples = [m._replace(label=-1) if i % 2 else m for i, m in enumerate(members(SAMPLES))]
+    data = make_set(tmp_path / "set", samples)
+    with pytest.raises(UserError, match=r"\(sample \d+: label -1 outside .*: it has no single class \(several labels"):
+        train(tmp_path / "run", f"data.train={data}")
+
+
 def test_fewer_samples_than_a_batch(tmp_path):
     data = make_set(tmp_path / "set", members(12), shards=2)
     with pytest.raises(UserError, match=r"has 12 samples, fewer than train.global_batch_size=16: lower it to at most"):

@@ -198,8 +198,14 @@ def test_bad_samples_count_nothing_and_shift_nothing(folder, reference, tmp_path
     samples = members(55)
     samples[3] = samples[3]._replace(crc32=1)
     samples[30] = Member(b"hello" * 20, samples[30].label)
+    samples[40] = samples[40]._replace(label=-1)
     samples[54] = samples[54]._replace(label=3)
-    bad = {3: "crc32", 30: "cannot identify image", 54: r"label 3 outside \[0, 3\)"}
+    bad = {
+        3: "crc32",
+        30: "cannot identify image",
+        40: r"sample 40: label -1 outside \[0, 3\): it has no single class \(several labels, or none\)",
+        54: r"label 3 outside \[0, 3\)$",
+    }
     broken = write_dataset(tmp_path, {"train": shards_of(samples, [20, 1, 0, 23, 11])})
     seen = set()
     for expected, found in zip(reference[:8], steps_of(broken, 8, ranks=3, micro=2)):
