@@ -191,9 +191,8 @@ def _read_local(path: str, size: int, mtime_ns: int) -> bytes:
 
 
 def _read_remote(url: str, sample: PlannedSample, options: dict[str, Any]) -> bytes:
-    fs = places.filesystem(url, options)
     try:
-        data: bytes = places.patiently(lambda: fs.cat_file(url), url)
+        data = places.read_file(url, options)
     except PermissionError as e:
         raise UnreadableImage(f"unreadable: {e}") from e
     except (FileNotFoundError, IsADirectoryError) as e:

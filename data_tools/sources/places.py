@@ -11,6 +11,7 @@ import os
 import posixpath
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
@@ -83,13 +84,35 @@ def patiently(action: Callable[[], Result], url: str) -> Result:
     try:
         return storage.retrying(action, f"cannot read {url}", _WEB_SECONDS if is_web(url) else None)
     except OSError as e:
-        refused = isinstance(e, PermissionError) or e.errno == errno.EINVAL  # no message with a path in it
-        if not (refused and _CREDENTIALS.search(f"{e} {e.__cause__}")):
+        if not (_is_refusal(e) and _CREDENTIALS.search(f"{e} {e.__cause__}")):
             raise
         raise Unfinished(
             f"cannot read {url}: {e}\nRenew the credentials (see --storage-options) and run the same command again: "
             "what is done stays"
         ) from e
+
+
+def _is_refusal(error: OSError) -> bool:
+    """As s3fs says it; other kinds have a path in their message, which may hold any word."""
+    return isinstance(error, PermissionError) or error.errno == errno.EINVAL
+
+
+def read_file(url: str, options: StorageOptions | None) -> bytes:
+    """All bytes of a remote file. Raises what `patiently` does."""
+    fs = filesystem(url, options)
+    try:
+        return patiently(lambda: fs.cat_file(url), url)
+    except OSError as e:
+        _find_reason(fs, url, e)
+        raise
+
+
+def _find_reason(fs: Any, url: str, error: OSError) -> None:
+    """Raises Unfinished where credentials are the reason of a refusal. s3fs asks for the size first, by a HEAD request,
+    which is refused without a reason; so this asks for a byte."""
+    if _is_refusal(error) and not is_web(url):
+        with suppress(OSError):
+            patiently(lambda: fs.cat_file(url, start=0, end=1), url)
 
 
 def info(path: str, options: StorageOptions | None = None) -> Info | None:
@@ -103,7 +126,10 @@ def info(path: str, options: StorageOptions | None = None) -> Info | None:
     fs = filesystem(path, options)
     try:
         raw = patiently(lambda: fs.info(path), path)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+    except PermissionError as e:
+        _find_reason(fs, path, e)
         return None
     return Info(int(raw.get("size") or 0), 0, raw.get("type") == "directory")
 

@@ -6,6 +6,7 @@ import os
 import signal
 import tarfile
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from s3_server import S3Server
 from source_helpers import list_rows
 
 from data_tools.engines import ShardOptions, shard_corpus
-from data_tools.errors import UserError
+from data_tools.errors import Unfinished, UserError
 from data_tools.manifest import DatasetManifest
 from data_tools.stores import open_store
 from pipeline.data.source import Access, open_source
@@ -270,6 +271,30 @@ def test_missing_credentials_are_said_at_once(server, tmp_path):
         error = run("shard", *place, *more, *(["--work", tmp_path / "work"] if place[1] == "s3://sets/new" else []),
                     code=1, env=env)  # fmt: skip
         assert "Unable to locate credentials; see --storage-options" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("dedupe", ["off", "exact"])
+def test_credentials_that_a_store_refuses_make_no_bad_images(server, tmp_path, dedupe):
+    images = {f"{i}.jpg": jpeg(i) for i in range(5)}
+    for name, data in images.items():
+        server.client().put_object(Bucket="sets", Key=f"in/{name}", Body=data)
+    lines = [f"s3://sets/in/{name},{len(data)}" for name, data in images.items()]
+    (tmp_path / "m.csv").write_text("\n".join(["path,size", *lines]))  # sizes: nothing is asked for before it is read
+    options = ShardOptions(
+        tmp_path / "m.csv", tmp_path / "out", workers=1, storage_options=server.options, dedupe=dedupe
+    )  # fmt: skip
+
+    def free_requests(count: str) -> None:
+        """From then on moto looks at keys, and it knows none."""
+        url = f"{server.options['endpoint_url']}/moto-api/reset-auth"
+        urllib.request.urlopen(urllib.request.Request(url, count.encode(), {"Content-Type": "text/plain"})).read()
+
+    free_requests("0")
+    with pytest.raises(Unfinished, match=r"cannot read s3://sets/in/.*Access Key Id.*\nRenew the credentials"):
+        shard_corpus(options)
+    free_requests("inf")
+    shard_corpus(options)
+    assert sorted(members(tmp_path / "out")) == sorted(images.values())
 
 
 def test_refusals(corpus, server, tmp_path):
