@@ -288,7 +288,7 @@ def test_too_many_bad_samples_end_the_run_with_a_message(tmp_path, capsys):
     samples = [Member(m.data, i % 4, 1 if i % 8 == 0 else None) for i, m in enumerate(members(64))]
     write_dataset(tmp_path / "set", {"train": [samples]}, classes=4)
     data = f"data.train={tmp_path / 'set'}"
-    with pytest.raises(UserError, match=r"data.max_bad_fraction=0.01 .*mixer data verify.*mixer resume"):
+    with pytest.raises(UserError, match=r"(?s)data.max_bad_fraction=0.01 .*mixer data verify.*mixer resume"):
         train(tmp_path / "run", data, "data.max_bad_fraction=0.01")
     assert "bad sample, counted with weight 0" in capsys.readouterr().out
     # Saved first: with a higher limit it goes on
