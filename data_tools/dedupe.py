@@ -148,10 +148,10 @@ def dataset_hashes(place: str, options: dict[str, Any] | None = None, workers: i
 
 
 def _refuse_converted(place: str, manifest: DatasetManifest) -> None:
-    """Bytes made anew equal no source's: nothing would be kept out. Sets without a record are taken as they are."""
+    """Bytes made anew equal no source's: few would be kept out. Sets without a record are taken as they are."""
     packed_with = manifest.source.get("options")
     if isinstance(packed_with, dict) and (packed_with.get("resize", 0) or packed_with.get("encode", "keep") != "keep"):
         raise UserError(
-            f"--dedupe-against {place}: it was packed with --resize or --encode, so its bytes can equal no source's.\n"
+            f"--dedupe-against {place}: it was packed with --resize or --encode, so few images equal a source's.\n"
             "Pack its source without them into another folder, and give that one"
         )

@@ -128,8 +128,10 @@ def info(path: str, options: StorageOptions | None = None) -> Info | None:
         raw = patiently(lambda: fs.info(path), path)
     except (FileNotFoundError, IsADirectoryError):
         return None
-    except PermissionError as e:
+    except OSError as e:
         _find_reason(fs, path, e)
+        if not isinstance(e, PermissionError):
+            raise
         return None
     return Info(int(raw.get("size") or 0), 0, raw.get("type") == "directory")
 

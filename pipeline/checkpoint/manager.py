@@ -359,7 +359,9 @@ def _leave_token(root: Path) -> str | None:
 
 
 def _appears(path: Path) -> bool:
-    """Whether it exists; a network file system may take a moment to show it."""
+    """Whether it exists; a network file system may take a moment to show it, longer where it was asked before."""
+    with contextlib.suppress(OSError):
+        make_folder(path.parent)  # NFS forgets by it that the folder was not there when a launcher looked
     for pause in (0.0, 0.1, 0.5, 2.0, 5.0):
         time.sleep(pause)
         with contextlib.suppress(OSError):

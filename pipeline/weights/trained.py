@@ -20,7 +20,7 @@ from data_tools.errors import UserError
 from data_tools.manifest import DatasetManifest
 from pipeline.checkpoint.layout import CheckpointReader
 from pipeline.checkpoint.manager import choose
-from pipeline.checkpoint.place import MANIFEST, checkpoint_root, is_local, place
+from pipeline.checkpoint.place import MANIFEST, checkpoint_root, committed_steps, is_local, place
 from pipeline.config import Config, load_config, train_sets
 from pipeline.data.augment import normalize
 from pipeline.data.loader import Batch
@@ -106,16 +106,17 @@ class TrainedModel:
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a run, wherever its `checkpoint.dir` is, or of a folder of them; or `path` if it is one.
+    """`path` if it is a checkpoint; else the newest in it, or where its run's `checkpoint.dir` is.
 
     Raises:
         CheckpointError: there is none.
     """
     if (path / MANIFEST).exists():
         return path
-    if is_local(path) and (path / "config.yaml").exists():
-        return choose(checkpoint_root(load_config(str(path / "config.yaml"), [f"run.dir={path}"]).config), "last")
-    return choose(path / "checkpoints" if (path / "checkpoints").exists() else path, "last")
+    root = path / "checkpoints" if (path / "checkpoints").exists() else path
+    if not committed_steps(root) and is_local(path) and (path / "config.yaml").exists():
+        root = checkpoint_root(load_config(str(path / "config.yaml"), [f"run.dir={path}"]).config)
+    return choose(root, "last")
 
 
 def run_config(where: str) -> Config:
