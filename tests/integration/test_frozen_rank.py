@@ -74,7 +74,7 @@ def test_while_others_wait_for_its_data(tmp_path, tmp_path_factory):
 def test_a_stop_is_heard_while_ranks_wait_for_data(tmp_path, tmp_path_factory):
     undisturbed = undisturbed_run(tmp_path_factory.getbasetemp(), 2)
     run = tmp_path / "run"
-    mixer = start(run, stretch=0.03)
+    mixer = start(run, "health.timeout=60 s", stretch=0.03)  # ending a stopped worker takes 5 s
     wait_for_progress(mixer, run, 0)
     os.kill(mixer.worker(1), signal.SIGSTOP)
     time.sleep(3)  # what was read ahead is used up
