@@ -383,7 +383,9 @@ def main() -> None:
     if debug:
         os.environ["MIXER_DEBUG"] = "1"  # for the training processes
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    if not faulthandler.is_enabled():  # a crash in a native library leaves its stack, also in a rank's log
+    if (
+        sys.stderr and not faulthandler.is_enabled()
+    ):  # a crash in a native library leaves its stack, also in a rank's log
         faulthandler.enable()
     if under_torchrun:
         from launch.processes import die_with_parent, show_presence

@@ -6,8 +6,8 @@ import re
 import socket
 import time
 
-import elastic_cases
 import pytest
+import slow_cases as cases
 from helpers import TINY
 
 from pipeline.checkpoint.manager import committed_steps
@@ -42,14 +42,14 @@ def test_a_rank_whose_data_is_slow_is_named_by_a_training(ranks, tmp_path):
         "logging.every=3 steps",
         "checkpoint.every=9 steps",
     ]
-    said, _ = ranks(2).run(elastic_cases.train_with_slow_data, str(tmp_path), overrides)
+    said, _ = ranks(2).run(cases.train_with_slow_data, str(tmp_path), overrides)
     assert len([text for text in said if text.startswith(f"rank 1 on {socket.gethostname()} is slow")]) == 2, said
 
 
 def test_a_rank_whose_file_is_later_than_a_collective_waits(ranks, tmp_path):
     """That save fails, the next ones do not: they have a group of their own."""
     overrides = [*TINY, "train.duration=4 steps", "checkpoint.every=2 steps", "health.timeout=4 s"]
-    ranks(2).run(elastic_cases.train_with_a_late_file, str(tmp_path), overrides)
+    ranks(2).run(cases.train_with_a_late_file, str(tmp_path), overrides)
     ends = [(e["event"], e["step"]) for e in read_lines(tmp_path / "events.jsonl") if e["event"].startswith("save")]
     assert ends[0] == ("save_failed", 2) and ends[-1] == ("save", 4)
     assert committed_steps(tmp_path / "checkpoints") == [4]
@@ -58,7 +58,7 @@ def test_a_rank_whose_file_is_later_than_a_collective_waits(ranks, tmp_path):
 
 def test_a_checkpoint_folder_of_each_nodes_own_is_refused(ranks, tmp_path):
     ours, theirs = str(tmp_path / "a"), str(tmp_path / "b")
-    assert ranks(2).run(elastic_cases.look_for_shared, [ours, ours]) == [None, None]
-    for said in ranks(2).run(elastic_cases.look_for_shared, [ours, theirs]):
+    assert ranks(2).run(cases.look_for_shared, [ours, ours]) == [None, None]
+    for said in ranks(2).run(cases.look_for_shared, [ours, theirs]):
         assert f"is not the same folder on all nodes: rank 1 on {socket.gethostname()} cannot see" in said
     assert not list((tmp_path / "a").iterdir())

@@ -6,6 +6,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -163,18 +164,21 @@ def test_a_consumer_that_stops_early_leaves_no_process(tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_that_does_not_start_is_lost_and_the_loader_made_anew(tmp_path, monkeypatch):
-    """As one that inherited a lock which nobody will release."""
+    """It inherited a lock which nobody will release in it."""
     from pipeline.data import workers
     from pipeline.data.augment import TrainTransform
     from pipeline.data.loader import Share, TrainSamples, eval_batches, train_batches
     from pipeline.data.order import SampleOrder
     from pipeline.data.synthetic import SyntheticSource
 
+    held = threading.Lock()
+    held.acquire()
+
     def hang_once() -> None:
         with suppress(FileExistsError):
             (tmp_path / "hung").touch(exist_ok=False)
             faulthandler.disable()  # its stack would look like a failure among the tests' output
-            time.sleep(600)
+            held.acquire(timeout=60)
 
     monkeypatch.setattr(workers, "START_SECONDS", 3.0)
     monkeypatch.setattr(workers, "die_with_parent", hang_once)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -187,3 +188,10 @@ def test_smoke(recipe: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "fit to submit" in result.stdout and "evaluated 1000 samples" in result.stdout
     assert not run.exists()
+
+
+def test_without_a_standard_error() -> None:
+    """As some schedulers start a program: there is nowhere for a crash's stack, and nothing wrong."""
+    command = f"{shlex.quote(sys.executable)} -m launch.cli --help 2>&-"
+    done = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 0 and "Usage" in done.stdout
